@@ -1,0 +1,25 @@
+# Set-up, tests and the demonstration on Debian with Python 3.11; the README gives the plain pip equivalents.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+OUT ?= outputs/demo
+
+.PHONY: demo test lint clean
+
+$(VENV)/.installed: pyproject.toml requirements.txt constraints-dev.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints-dev.txt torch
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints-dev.txt -e ".[dev]"
+	touch $@
+
+demo: $(VENV)/.installed
+	$(BIN)/kandinsky5 demo --out $(OUT)
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest -n auto
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+
+clean:
+	rm -rf $(VENV) outputs build *.egg-info

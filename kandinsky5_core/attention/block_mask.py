@@ -1,0 +1,85 @@
+"""Which token blocks attend to which: the rule of NABLA (report section 5.4) as pure functions.
+
+Shape legend: B batch, S = 64*n tokens in block order, n token blocks, d head_dim. Masks: (.., query block, key block).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .token_blocks import BLOCK_TOKENS
+
+MAX_SCORES = 2**24
+"""Entries of the pooled map sorted at a time: the peak above the result stays near 400 MB, or one head's n*n
+where that is more."""
+
+
+def window_mask(
+    blocks: tuple[int, int, int], window: tuple[int, int, int], device: torch.device | str = "cpu"
+) -> Tensor:
+    """(n, n) bool: blocks at most window//2 apart along each of (t, h, w); plain, centred, not shifted at borders.
+
+    Args:
+        blocks: Token blocks along (T, hb, wb).
+        window: Odd sizes of the neighbourhood, in token blocks.
+    """
+    allowed = torch.ones((1, 1), dtype=torch.bool, device=device)
+    for count, size in zip(blocks, window, strict=True):
+        position = torch.arange(count, device=device)
+        near = (position[:, None] - position[None]).abs() <= size // 2
+        # The n*n mask is the Kronecker product of the three axes, the last axis running fastest.
+        allowed = (allowed[:, None, :, None] & near[None, :, None]).flatten(2).flatten(0, 1)
+    return allowed
+
+
+def pool_blocks(x: Tensor, token_mask: Tensor | None = None) -> Tensor:
+    """Mean over the real tokens of each block, (B, heads, S, d) to (B, heads, n, d) fp32."""
+    blocks = x.unflatten(2, (-1, BLOCK_TOKENS))
+    if token_mask is None:
+        return blocks.mean(dim=3, dtype=torch.float32)
+    real = token_mask.view(-1, BLOCK_TOKENS, 1)
+    return blocks.masked_fill(~real, 0).sum(dim=3, dtype=torch.float32) / real.sum(dim=1)
+
+
+def keep_by_mass(probabilities: Tensor, mass: float) -> Tensor:
+    """Bool like `probabilities`: per row the entries left when the smallest, together less than 1-mass, are dropped.
+
+    The entry whose running sum reaches 1-mass is kept. Equal entries are dropped in order of their index (stable
+    sort), so the result does not depend on the device; upstream leaves ties to an unstable sort.
+    """
+    ascending, order = probabilities.sort(dim=-1, stable=True)
+    kept = ascending.cumsum(dim=-1) >= 1.0 - mass
+    kept[..., -1] = True  # The rule always keeps the largest; a rounded sum just below 1 must not lose it.
+    return torch.empty_like(kept).scatter_(-1, order, kept)
+
+
+@torch.no_grad()
+def mass_mask(q: Tensor, k: Tensor, mass: float, token_mask: Tensor | None = None) -> Tensor:
+    """(B, heads, n, n) bool: the key blocks that hold `mass` of each row of the pooled attention map.
+
+    Args:
+        q, k: (B, heads, S, d) as attention sees them, normalised and rotated, in block order.
+        mass: Kept probability in (0, 1]; 1 keeps everything.
+        token_mask: (S,) bool, True for real tokens, which alone are pooled. None where nothing is padded.
+    """
+    pooled_q = pool_blocks(q, token_mask).flatten(0, 1) * q.shape[-1] ** -0.5
+    pooled_k = pool_blocks(k, token_mask).flatten(0, 1)
+    group = max(1, MAX_SCORES // pooled_q.shape[1] ** 2)
+    kept = [
+        keep_by_mass(torch.softmax(queries @ keys.mT, dim=-1), mass)
+        for queries, keys in zip(pooled_q.split(group), pooled_k.split(group), strict=True)
+    ]
+    return torch.cat(kept).unflatten(0, q.shape[:2])
+
+
+@torch.no_grad()
+def kept_blocks(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """A block mask (B, heads, n, n) as lists: counts (B, heads, n) and indices (B, heads, n, n), both int32.
+
+    The first `counts` indices of a row are its kept key blocks, ascending; the rest are the others.
+    """
+    flat = mask.flatten(0, 1)
+    group = max(1, MAX_SCORES // mask.shape[-1] ** 2)
+    indices = [part.argsort(dim=-1, descending=True, stable=True).int() for part in flat.split(group)]
+    return mask.sum(dim=-1, dtype=torch.int32), torch.cat(indices).view_as(mask)

@@ -1,0 +1,85 @@
+"""Block-sparse attention with nothing but PyTorch's dense attention: exact, differentiable, on every device.
+
+Shape legend: B batch, S = 64*n tokens in block order, n token blocks, d head_dim; a row is one query block of
+one head of one clip, R = B*heads*n rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from .block_mask import kept_blocks
+from .token_blocks import BLOCK_TOKENS
+
+GATHERED_NUMBERS_CPU = 2**20
+"""Numbers of gathered keys (and as many of values) at a time on CPU, where small pieces stay in the cache."""
+GATHERED_NUMBERS = 2**26
+"""The same on other devices, where fewer, larger calls are quicker."""
+
+
+def gathered_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, token_mask: Tensor | None = None) -> Tensor:
+    """Attention of each query block to its kept key blocks, copied together a group of rows at a time.
+
+    Beyond the inputs and the output, memory is bounded by 2 * max(GATHERED_NUMBERS, S*d) numbers and the block
+    lists (5 bytes a mask entry); with gradients each group is computed again in the backward pass, so the bound
+    holds there too.
+
+    Args:
+        q, k, v: (B, heads, S, d) in block order.
+        mask: (B, heads, n, n) bool; every row keeps at least one block.
+        token_mask: (S,) bool, True for real tokens; padded keys are ignored. None where nothing is padded.
+
+    Returns:
+        (B, heads, S, d).
+    """
+    blocks, heads_and_blocks = mask.shape[-1], mask.shape[:-1]
+    counts, indices = (part.flatten(0, 2) for part in kept_blocks(mask))
+    # Rows of like length go together, so that little is padded within a group.
+    order = counts.argsort(descending=True)
+    q_rows, k_blocks, v_blocks = (x.reshape(-1, BLOCK_TOKENS, x.shape[-1]) for x in (q, k, v))
+    wants_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    attend = partial(checkpoint, _attend, use_reentrant=False, preserve_rng_state=False) if wants_grad else _attend
+    budget = (GATHERED_NUMBERS_CPU if q.device.type == "cpu" else GATHERED_NUMBERS) // (BLOCK_TOKENS * q.shape[-1])
+    outputs = []
+    for rows, width in _row_groups(order, counts[order].tolist(), budget):
+        chosen = indices[rows, :width].long()
+        keep = _key_mask(chosen, counts[rows], token_mask)
+        head_start = rows[:, None] // blocks * blocks
+        outputs.append(attend(q_rows[rows], k_blocks, v_blocks, chosen + head_start, keep))
+    attended = torch.cat(outputs)[order.argsort()]
+    return attended.view(*heads_and_blocks, BLOCK_TOKENS, -1).flatten(2, 3)
+
+
+def _row_groups(order: Tensor, counts: Sequence[int], budget: int) -> Iterator[tuple[Tensor, int]]:
+    """Cut rows, sorted by falling count, into groups of at most `budget` key blocks (but at least one row)."""
+    start = 0
+    while start < len(counts):
+        width = counts[start]
+        stop = start + max(1, budget // width)
+        yield order[start:stop], width
+        start = stop
+
+
+def _key_mask(chosen: Tensor, counts: Tensor, token_mask: Tensor | None) -> Tensor | None:
+    """(rows, 1, 1, width*64) bool of the gathered keys to look at; None where that is all of them."""
+    width = chosen.shape[1]
+    kept = torch.arange(width, device=chosen.device) < counts[:, None]
+    if token_mask is not None:
+        real = token_mask.view(-1, BLOCK_TOKENS)[chosen]
+        return (real & kept[..., None]).flatten(1)[:, None, None]
+    if bool(kept.all()):
+        return None
+    return kept.repeat_interleave(BLOCK_TOKENS, dim=1)[:, None, None]
+
+
+def _attend(q_rows: Tensor, k_blocks: Tensor, v_blocks: Tensor, chosen: Tensor, keep: Tensor | None) -> Tensor:
+    """q_rows (rows, 64, d) to the blocks `chosen` (rows, width) of (R, 64, d); (rows, 64, d)."""
+    keys, values = k_blocks[chosen].flatten(1, 2), v_blocks[chosen].flatten(1, 2)
+    attended = F.scaled_dot_product_attention(q_rows[:, None], keys[:, None], values[:, None], attn_mask=keep)
+    return attended[:, 0]

@@ -1,0 +1,162 @@
+"""The `kandinsky5` command."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from pathlib import Path
+
+from .config import VARIANTS
+
+USAGE_ERROR = 2
+INTERRUPTED = 130
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; 0 done, 2 bad input (one line on stderr), 130 interrupted."""
+    # The Windows console may not be UTF-8; a prompt must not end the run with an encoding error.
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    args = build_parser().parse_args(argv)
+    logging.basicConfig(level=logging.INFO if args.verbose else logging.WARNING, format="%(levelname)s: %(message)s")
+    try:
+        args.run(args)
+    except ValueError as error:
+        print(f"kandinsky5 {args.command}: error: {error}", file=sys.stderr)
+        return USAGE_ERROR
+    except OSError as error:
+        print(f"kandinsky5 {args.command}: error: {error}", file=sys.stderr)
+        return USAGE_ERROR
+    except KeyboardInterrupt:
+        print(f"kandinsky5 {args.command}: interrupted; nothing was written", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Every command and option."""
+    parser = argparse.ArgumentParser(prog="kandinsky5", description="Run Kandinsky 5.0 from the command line.")
+    parser.add_argument("-v", "--verbose", action="store_true", help="say which paths and settings are taken")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_generate(commands)
+    _add_demo(commands)
+    _add_info(commands)
+    _add_convert(commands)
+    _add_score(commands)
+    return parser
+
+
+def _add_models(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default="nano-video", help="embedded model, or path of a DiT (default nano-video)")
+    parser.add_argument("--variant", choices=sorted(VARIANTS), metavar="NAME",
+                        help="what the model file is, where it serves several uses (see `kandinsky5 info FILE`)")  # fmt: skip
+    parser.add_argument("--text-encoder", help="Qwen2.5-VL: folder or single file")
+    parser.add_argument("--clip", help="CLIP ViT-L/14: folder or clip_l.safetensors")
+    parser.add_argument("--vae", help="VAE: folder or single file")
+    parser.add_argument("--tokenizers", help="folder with the tokenizers, or of a ComfyUI installation")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps, ... (default cpu)")
+    parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), help="default bf16, on the CPU fp32")
+
+
+def _add_generate(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("generate", help="make a video or an image from a prompt")
+    _add_models(parser)
+    parser.add_argument("--task", default="t2v", help="t2v, i2v, t2i or i2i (default t2v)")
+    parser.add_argument("--prompt", required=True)
+    parser.add_argument("--negative", help="what should not be seen; default the variant's")
+    parser.add_argument("--image", type=Path, help="first frame, for i2v")
+    parser.add_argument("--width", type=int)
+    parser.add_argument("--height", type=int)
+    parser.add_argument("--frames", type=int, help="4k+1")
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--guidance", type=float)
+    parser.add_argument("--shift", type=float, help="warp of the sigma schedule")
+    parser.add_argument("--sampler", default="euler", help="euler, heun or ab2 (default euler)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--attention", default="auto", help="auto, dense or nabla (default auto: as trained)")
+    parser.add_argument("--enhance", action="store_true", help="let the text encoder write out the prompt first")
+    parser.add_argument("--vae-budget", type=float, default=4.0, help="GiB that one VAE tile may take (default 4)")
+    parser.add_argument("--out", type=Path, required=True, help=".mp4, .webm, .gif or .png")
+    parser.add_argument("--json", action="store_true", help="print one JSON object about the result")
+    parser.set_defaults(run=_generate)
+
+
+def _add_demo(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("demo", help="show what the embedded models do, offline")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the results")
+    parser.add_argument("--json", action="store_true")
+    parser.set_defaults(run=_demo)
+
+
+def _add_info(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("info", help="what a weights file is")
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--json", action="store_true")
+    parser.set_defaults(run=_info)
+
+
+def _add_convert(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("convert", help="write weights in another layout or dtype")
+    parser.add_argument("source", type=Path)
+    parser.add_argument("target", type=Path)
+    parser.add_argument("--layout", required=True, help="official, diffusers, comfyui; VAEs also tencent, bfl")
+    parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), help="default as in the source")
+    parser.add_argument("--shard-size", type=float, metavar="GB", help="split a diffusers folder into files this big")
+    parser.set_defaults(run=_convert)
+
+
+def _add_score(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("score-nano", help="score the embedded models on random prompts of their language")
+    parser.add_argument("--n", type=int, default=100, help="clips (default 100)")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--task", default="t2v", choices=("t2v", "i2v", "t2i"))
+    parser.add_argument("--json", action="store_true")
+    parser.set_defaults(run=_score)
+
+
+def _generate(args: argparse.Namespace) -> None:
+    # The commands import what they need themselves: torch takes seconds that --help should not.
+    from .commands import generate_command
+
+    _say(args, generate_command(args))
+
+
+def _demo(args: argparse.Namespace) -> None:
+    from .demo import demo_command
+
+    _say(args, demo_command(args.out))
+
+
+def _info(args: argparse.Namespace) -> None:
+    from .commands import info_command
+
+    _say(args, info_command(args.file))
+
+
+def _convert(args: argparse.Namespace) -> None:
+    from .commands import convert_command
+
+    convert_command(args)
+
+
+def _score(args: argparse.Namespace) -> None:
+    from .nano.score import score_nano
+
+    _say(args, score_nano(count=args.n, seed=args.seed, task=args.task))
+
+
+def _say(args: argparse.Namespace, values: dict[str, object]) -> None:
+    """One JSON object with --json, else a line for each value."""
+    if args.json:
+        print(json.dumps(values, indent=1, default=str))
+        return
+    width = max(map(len, values), default=0)
+    for name, value in values.items():
+        print(f"{name:<{width}}  {value}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,51 @@
+"""What the DiT is told beside the latents: text, and images already in latent space."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextConditioning:
+    """Encoded prompts. B is the batch, L the padded length."""
+
+    embeds: torch.Tensor
+    """(B, L, 3584) Qwen2.5-VL hidden states after the final norm, template cropped away."""
+    pooled: torch.Tensor
+    """(B, 768) CLIP pooled output."""
+    mask: torch.Tensor
+    """(B, L) bool, True for real tokens."""
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> TextConditioning:
+        """The same on another device, floats in `dtype`."""
+        return TextConditioning(
+            embeds=self.embeds.to(device, dtype), pooled=self.pooled.to(device, dtype), mask=self.mask.to(device)
+        )
+
+    def trimmed(self) -> TextConditioning:
+        """Without the columns that are padding in every row: exact, since padded keys are masked out."""
+        used = self.mask.any(dim=0).nonzero()
+        length = int(used.max()) + 1 if len(used) else 1
+        return replace(self, embeds=self.embeds[:, :length], mask=self.mask[:, :length])
+
+    def repeat(self, count: int) -> TextConditioning:
+        """Each row `count` times, for a batch of clips of one prompt."""
+        return TextConditioning(
+            embeds=self.embeds.repeat_interleave(count, 0),
+            pooled=self.pooled.repeat_interleave(count, 0),
+            mask=self.mask.repeat_interleave(count, 0),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageConditioning:
+    """Clean latents to hold on to (image to video) or to look at (editing). Shapes as the noisy latents."""
+
+    clean: torch.Tensor | None = None
+    """(B, C, T, H, W) latents put into the noisy ones wherever `mask` is 1; image to video."""
+    source: torch.Tensor | None = None
+    """(B, C, T, H, W) latents for the source channels; editing. Zeros where None."""
+    mask: torch.Tensor | None = None
+    """(B, 1, T, 1 or H, 1 or W), 1 where `clean` or `source` is given. Zeros where None."""

@@ -1,0 +1,103 @@
+"""Layers of the CrossDiT that blocks are made of.
+
+Shape legend: B batch, S query tokens, L key tokens, D model_dim, N heads, d head_dim.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from ..attention.dense import AttentionFn
+from .rope import Rope, apply_rope
+
+RMS_EPS = 1.1920929e-07
+LAYER_NORM_EPS = 1e-5
+
+
+def in_fp32(layer: nn.Module, x: Tensor) -> Tensor:
+    """`layer(x)` computed in fp32 even where its weights are stored in bf16.
+
+    Factories other than torch.nn (ComfyUI's) cast their weights to the input's dtype themselves.
+    """
+    x = x.float()
+    with torch.autocast(x.device.type, enabled=False):
+        if layer.weight.dtype == torch.float32 or type(layer).forward not in (nn.Linear.forward, nn.RMSNorm.forward):
+            return layer(x)
+        if isinstance(layer, nn.RMSNorm):
+            return F.rms_norm(x, layer.normalized_shape, layer.weight.float(), layer.eps)
+        return F.linear(x, layer.weight.float(), None if layer.bias is None else layer.bias.float())
+
+
+def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """LayerNorm(x)*(1+scale)+shift in fp32, back in x's dtype; x (B, S, D), shift and scale (B, 1, D)."""
+    normed = F.layer_norm(x.float(), x.shape[-1:], eps=LAYER_NORM_EPS)
+    return (normed * (1 + scale) + shift).to(x.dtype)
+
+
+def gated_add(x: Tensor, gate: Tensor, update: Tensor) -> Tensor:
+    """x + gate*update in fp32, back in x's dtype."""
+    return (x.float() + gate * update.float()).to(x.dtype)
+
+
+class Modulation(nn.Module):
+    """SiLU and a linear from the time embedding to `count` vectors of D, in fp32."""
+
+    def __init__(self, time_dim: int, model_dim: int, count: int, *, ops: ModuleType) -> None:
+        super().__init__()
+        self.count = count
+        self.out_layer = ops.Linear(time_dim, count * model_dim)
+
+    def forward(self, time_embed: Tensor) -> tuple[Tensor, ...]:
+        """(B, time_dim) to `count` tensors (B, 1, D), fp32."""
+        return in_fp32(self.out_layer, F.silu(time_embed.float())).unsqueeze(1).chunk(self.count, dim=-1)
+
+
+class Attention(nn.Module):
+    """Multi-head attention with RMS-normalised queries and keys; self-attention where x and context are one."""
+
+    def __init__(self, model_dim: int, head_dim: int, *, ops: ModuleType) -> None:
+        super().__init__()
+        self.num_heads = model_dim // head_dim
+        self.to_query = ops.Linear(model_dim, model_dim)
+        self.to_key = ops.Linear(model_dim, model_dim)
+        self.to_value = ops.Linear(model_dim, model_dim)
+        self.query_norm = ops.RMSNorm(head_dim, eps=RMS_EPS)
+        self.key_norm = ops.RMSNorm(head_dim, eps=RMS_EPS)
+        self.out_layer = ops.Linear(model_dim, model_dim)
+
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor,
+        attention: AttentionFn,
+        rope: Rope | None = None,
+        key_mask: Tensor | None = None,
+    ) -> Tensor:
+        """x (B, S, D), context (B, L, D), key_mask (B, L) bool; (B, S, D)."""
+        query, key, value = (
+            rearrange(part, "b s (n d) -> b n s d", n=self.num_heads)
+            for part in (self.to_query(x), self.to_key(context), self.to_value(context))
+        )
+        query = in_fp32(self.query_norm, query).to(value.dtype)
+        key = in_fp32(self.key_norm, key).to(value.dtype)
+        if rope is not None:
+            query, key = apply_rope(query, rope), apply_rope(key, rope)
+        attended = attention(query, key, value, key_mask)
+        return self.out_layer(rearrange(attended, "b n s d -> b s (n d)"))
+
+
+class FeedForward(nn.Module):
+    """Linear, exact GELU, linear; no biases."""
+
+    def __init__(self, model_dim: int, ff_dim: int, *, ops: ModuleType) -> None:
+        super().__init__()
+        self.in_layer = ops.Linear(model_dim, ff_dim, bias=False)
+        self.out_layer = ops.Linear(ff_dim, model_dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out_layer(F.gelu(self.in_layer(x)))

@@ -1,0 +1,89 @@
+"""CrossDiT, the diffusion transformer of the Kandinsky 5.0 family (report section 5.2).
+
+Attribute names are the checkpoint's, so official, diffusers and ComfyUI files load unchanged. The model knows
+nothing of devices, offloading, compilation or checkpointing: those are applied from outside.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import Tensor, nn
+
+from ..conditioning import TextConditioning
+from ..config import DiTConfig
+from .blocks import TextBlock, VisualBlock
+from .embeddings import OutLayer, TextEmbeddings, TimeEmbeddings, VisualEmbeddings
+from .plan import VisualPlan
+from .rope import rope_table, text_angles
+
+
+class DiffusionTransformer(nn.Module):
+    """Noisy latents, a timestep and text to the velocity (noise - clean)."""
+
+    def __init__(self, config: DiTConfig, *, ops: ModuleType = nn) -> None:
+        super().__init__()
+        self.config = config
+        dim, time_dim = config.model_dim, config.time_dim
+        self.time_embeddings = TimeEmbeddings(dim, time_dim, ops=ops)
+        self.text_embeddings = TextEmbeddings(config.in_text_dim, dim, ops=ops)
+        self.pooled_text_embeddings = TextEmbeddings(config.in_text_dim2, time_dim, ops=ops)
+        self.visual_embeddings = VisualEmbeddings(config.input_channels, dim, config.patch_size, ops=ops)
+        self.text_transformer_blocks = nn.ModuleList(
+            [TextBlock(config, ops=ops) for _ in range(config.num_text_blocks)]
+        )
+        self.visual_transformer_blocks = nn.ModuleList(
+            [VisualBlock(config, ops=ops) for _ in range(config.num_visual_blocks)]
+        )
+        self.out_layer = OutLayer(dim, time_dim, config.out_visual_dim, config.patch_size, ops=ops)
+
+    def forward(self, latents: Tensor, timestep: Tensor, text: TextConditioning, plan: VisualPlan) -> Tensor:
+        """Predict the velocity.
+
+        Args:
+            latents: (B, input_channels, T, H, W): noisy latents, then source latents and mask where the model
+                has them (`sampling.guidance.model_input`).
+            timestep: (B,) 1000*sigma.
+            text: Encoded captions of the batch; padded keys are masked.
+            plan: Positions and attention for this size (`dit.plan.plan_visual`).
+
+        Returns:
+            (B, out_visual_dim, T, H, W) in the dtype of `latents`.
+        """
+        text_mask = None if bool(text.mask.all()) else text.mask
+        time_embed = self.time_embeddings(timestep) + self.pooled_text_embeddings(text.pooled).float()
+        text_tokens = self.refine_text(text.embeds, time_embed, text_mask)
+        tokens = self.visual_embeddings(latents)
+        if plan.nabla is not None:
+            tokens = plan.nabla.reorder(tokens)
+        tokens = self.visual_blocks(tokens, text_tokens, time_embed, plan, text_mask)
+        if plan.nabla is not None:
+            tokens = plan.nabla.restore(tokens)
+        return self.out_layer(tokens, time_embed, plan.grid).to(latents.dtype)
+
+    def refine_text(self, embeds: Tensor, time_embed: Tensor, text_mask: Tensor | None) -> Tensor:
+        """(B, L, in_text_dim) to the (B, L, D) that the visual blocks attend to; depends on the timestep."""
+        tokens = self.text_embeddings(embeds)
+        rope = rope_table(text_angles(embeds.shape[1], self.config.head_dim, embeds.device))
+        for block in self.text_transformer_blocks:
+            tokens = block(tokens, time_embed, rope, text_mask)
+        return tokens
+
+    def visual_blocks(
+        self, tokens: Tensor, text: Tensor, time_embed: Tensor, plan: VisualPlan, text_mask: Tensor | None
+    ) -> Tensor:
+        """The long part of the forward pass; a step cache replaces just this."""
+        for block in self.visual_transformer_blocks:
+            tokens = block(tokens, text, time_embed, plan.rope, plan.attention, text_mask)
+        return tokens
+
+
+@torch.no_grad()
+def initialise(model: DiffusionTransformer, generator: torch.Generator | None = None) -> None:
+    """Weights to start training from: Xavier for linears, zeros for modulation and the output (report 5.3)."""
+    for name, parameter in model.named_parameters():
+        if "modulation" in name or name.startswith("out_layer.out_layer") or name.endswith(".bias"):
+            parameter.zero_()
+        elif parameter.dim() == 2:
+            nn.init.xavier_uniform_(parameter, generator=generator)

@@ -1,0 +1,172 @@
+"""From a name or files to the models of one variant."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from .config import VARIANTS, Variant, variant
+from .pipeline import Models
+from .text.encoder import load_text_encoder
+from .weights.detect import inspect_file
+from .weights.hashing import model_hash
+from .weights.load import load_dit, load_vae
+
+log = logging.getLogger(__name__)
+
+NANO_FOLDER = Path(__file__).parent / "nano"
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFiles:
+    """Where the parts of one variant lie."""
+
+    variant: Variant
+    dit: Path
+    text_encoder: Path
+    clip: Path
+    vae: Path
+    text_tokenizer: Path | None = None
+    clip_tokenizer: Path | None = None
+
+
+def find_files(
+    model: str | Path = "nano-video", *, text_encoder: str | Path | None = None, clip: str | Path | None = None,
+    vae: str | Path | None = None, tokenizers: str | Path | None = None, variant_name: str | None = None,
+) -> ModelFiles:  # fmt: skip
+    """Which files make up the model; nothing is loaded, but all of them are there.
+
+    Args:
+        model: An embedded model's name, or the path of a DiT file or folder. A diffusers pipeline folder also
+            brings its own text_encoder, text_encoder_2 and vae.
+        tokenizers: Folder with the Qwen and CLIP tokenizers, or of a ComfyUI installation.
+        variant_name: A row of `VARIANTS`, where one file serves several (HD and SD, say).
+
+    Raises:
+        ValueError: a part is missing or is something else; says which option to give.
+    """
+    folder = _embedded(str(model))
+    if folder is not None:
+        return ModelFiles(
+            variant=variant(str(model)), dit=folder / "dit.safetensors", text_encoder=folder / "qwen",
+            clip=folder / "clip", vae=folder / "vae.safetensors",
+        )  # fmt: skip
+    path = Path(model)
+    if not path.exists():
+        raise ValueError(f"--model '{model}' is neither a file or folder nor an embedded model ({_names()})")
+    info = inspect_file(path, want="dit")
+    if info.kind != "dit":
+        raise ValueError(f"--model {path} looks like {info.looks_like}; expected a Kandinsky 5 DiT")
+    chosen = variant_name or info.variant
+    if chosen is None:
+        raise ValueError(f"--model {path} has sizes of no released variant; name one with --variant")
+    parts = {
+        "text_encoder": _part(path, text_encoder, "text_encoder", "--text-encoder"),
+        "clip": _part(path, clip, "text_encoder_2", "--clip"),
+        "vae": _part(path, vae, "vae", "--vae"),
+    }
+    folder = Path(tokenizers) if tokenizers else None
+    log.info("variant %s (%s)", chosen, info.variant_reason)
+    return ModelFiles(
+        variant=variant(chosen), dit=path, **parts,
+        text_tokenizer=folder or _beside(path, "tokenizer"), clip_tokenizer=folder or _beside(path, "tokenizer_2"),
+    )  # fmt: skip
+
+
+def load(
+    model: str | Path = "nano-video", *, text_encoder: str | Path | None = None, clip: str | Path | None = None,
+    vae: str | Path | None = None, tokenizers: str | Path | None = None, variant_name: str | None = None,
+    device: str | torch.device = "cpu", dtype: str | torch.dtype | None = None,
+) -> Models:  # fmt: skip
+    """Load a model by name or from files; see `find_files` for what the arguments may be.
+
+    Args:
+        device: Where to compute. The networks wait on the CPU and go there for their own stage.
+        dtype: 'fp32', 'fp16' or 'bf16'; default bf16 on an accelerator and fp32 on the CPU.
+
+    Raises:
+        ValueError: a part is missing, foreign, damaged or of another model.
+    """
+    files = find_files(
+        model, text_encoder=text_encoder, clip=clip, vae=vae, tokenizers=tokenizers, variant_name=variant_name
+    )
+    return load_files(files, device=device, dtype=dtype)
+
+
+def load_files(
+    files: ModelFiles, *, device: str | torch.device = "cpu", dtype: str | torch.dtype | None = None
+) -> Models:
+    """The models of files that `find_files` found."""
+    device = check_device(str(device))
+    weights_dtype = resolve_dtype(dtype, device)
+    dit, _ = load_dit(files.dit, dtype=weights_dtype)
+    if dit.config != files.variant.dit:
+        raise ValueError(f"--model {files.dit} does not have the sizes of variant {files.variant.name}")
+    vae, vae_info = load_vae(files.vae, dtype=weights_dtype)
+    if vae_info.config.kind != files.variant.vae.kind:
+        raise ValueError(
+            f"--vae {files.vae} is a {vae_info.config.kind} VAE; {files.variant.name} needs {files.variant.vae.kind}"
+        )
+    encoder = load_text_encoder(
+        files.text_encoder, files.clip, qwen_tokenizer=files.text_tokenizer, clip_tokenizer=files.clip_tokenizer,
+        dtype=weights_dtype,
+    )  # fmt: skip
+    return Models(
+        variant=files.variant, dit=dit.eval(), text_encoder=encoder, vae=vae.eval(), device=device,
+        dtype=weights_dtype, model_hash=model_hash(files.dit, want="dit"),
+    )  # fmt: skip
+
+
+def check_device(name: str) -> torch.device:
+    """The device called `name`.
+
+    Raises:
+        ValueError: torch does not know it or it is not there.
+    """
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device '{name}' cannot be used here: {str(error).splitlines()[0]}; try cpu") from error
+    return device
+
+
+def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+    """The dtype meant; None is bf16 on an accelerator and fp32 on the CPU."""
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype is None:
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype '{dtype}' is unknown; use one of {', '.join(DTYPES)}")
+    return DTYPES[dtype]
+
+
+def _embedded(name: str) -> Path | None:
+    if name not in VARIANTS or not VARIANTS[name].family.startswith("Nano"):
+        return None
+    return NANO_FOLDER / name.removeprefix("nano-")
+
+
+def _names() -> str:
+    return ", ".join(name for name in VARIANTS if name.startswith("nano-"))
+
+
+def _beside(model: Path, name: str) -> Path | None:
+    folder = model / name
+    return folder if folder.is_dir() else None
+
+
+def _part(model: Path, given: str | Path | None, subfolder: str, option: str) -> Path:
+    """The file the user named, else the sub-folder of a diffusers pipeline folder."""
+    if given is None and model.is_dir() and (model / subfolder).is_dir():
+        return model / subfolder
+    if given is None:
+        raise ValueError(f"--model {model} needs {option} FILE_OR_FOLDER as well")
+    if not Path(given).exists():
+        raise ValueError(f"{option} '{given}' does not exist")
+    return Path(given)

@@ -1,0 +1,121 @@
+"""Says what a clip of the Nano language shows, by plain image processing; no network is involved.
+
+Frames are (F, H, W, 3) in [0, 1]. Lengths are fractions of the frame's side, so any size can be judged.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .language import BACKGROUNDS, COLORS
+
+FOREGROUND = 0.25
+"""RGB distance from the background, of sqrt(3), above which a pixel may belong to the shape."""
+MAX_COLOR_DISTANCE = 0.35
+"""A named colour must be at least this near."""
+MIN_AREA, MAX_AREA = 0.004, 0.5
+"""Share of the frame that a shape covers."""
+MOVED, STILL = 0.10, 0.06
+"""Way of the centre, in sides, from which a shape counts as moving, and up to which as still."""
+STRAIGHT = 2.0
+"""The way along one axis is at least this many times that along the other."""
+SQUARE_FILL, CIRCLE_FILL = 0.89, 0.66
+"""Share of its bounding box that the shape fills: 1 for a square, 0.79 for a circle, 0.5 for a triangle."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sighting:
+    """What was recognised; None where nothing known was."""
+
+    color: str | None
+    shape: str | None
+    motion: str | None
+    """'left', 'right', 'up', 'down' or 'still'."""
+    background: str | None
+    path: tuple[tuple[float, float], ...] = ()
+    """Centre (x, y) of each frame, in sides."""
+
+
+def recognise(frames: Tensor) -> Sighting:
+    """What the clip shows."""
+    frames = frames.float()
+    background = _border(frames).median(dim=0).values
+    background_name = _nearest(background, BACKGROUNDS)
+    distance = (frames - background).norm(dim=-1)
+    foreground = distance > FOREGROUND
+    shares = foreground.float().mean(dim=(1, 2))
+    if bool((shares < MIN_AREA).any() or (shares > MAX_AREA).any()):
+        return Sighting(color=None, shape=None, motion=None, background=background_name)
+    color = _inner_color(frames, distance, foreground)
+    along = color - background
+    coverage = ((frames - background) @ along / along.square().sum()).clamp(0, 1)
+    path = _centres(coverage)
+    return Sighting(
+        color=_nearest(color, COLORS),
+        shape=_shape(coverage > 0.5),
+        motion=_motion(path),
+        background=background_name,
+        path=tuple((float(x), float(y)) for x, y in path),
+    )
+
+
+def _border(frames: Tensor) -> Tensor:
+    """(N, 3): the outermost pixels of every frame."""
+    edges = (frames[:, 0], frames[:, -1], frames[:, :, 0], frames[:, :, -1])
+    return torch.cat([edge.reshape(-1, 3) for edge in edges])
+
+
+def _nearest(color: Tensor, named: dict[str, tuple[int, int, int]]) -> str | None:
+    distances = {name: float((color - torch.tensor(rgb) / 255).norm()) for name, rgb in named.items()}
+    name = min(distances, key=distances.__getitem__)
+    return name if distances[name] <= MAX_COLOR_DISTANCE else None
+
+
+def _inner_color(frames: Tensor, distance: Tensor, foreground: Tensor) -> Tensor:
+    """Median colour of the half of the foreground that differs most: its edge is a mixture."""
+    limit = distance[foreground].median()
+    return frames[foreground & (distance >= limit)].median(dim=0).values
+
+
+def _centres(coverage: Tensor) -> Tensor:
+    """(F, 2) centre of mass (x, y) in sides."""
+    weights = torch.where(coverage > 0.25, coverage, torch.zeros(()))
+    height, width = coverage.shape[1:]
+    total = weights.sum(dim=(1, 2)).clamp_min(1e-6)
+    x = (weights.sum(dim=1) * (torch.arange(width) + 0.5)).sum(dim=1) / total / width
+    y = (weights.sum(dim=2) * (torch.arange(height) + 0.5)).sum(dim=1) / total / height
+    return torch.stack([x, y], dim=1)
+
+
+def _motion(path: Tensor) -> str | None:
+    if len(path) == 1:
+        return "still"
+    third = max(1, len(path) // 4)
+    way = path[-third:].mean(dim=0) - path[:third].mean(dim=0)
+    # Means over the first and last quarter see 3/4 of a steady way.
+    way = way / (1 - third / len(path))
+    x, y = float(way[0]), float(way[1])
+    if max(abs(x), abs(y)) <= STILL:
+        return "still"
+    long, short = max(abs(x), abs(y)), min(abs(x), abs(y))
+    if long < MOVED or long < STRAIGHT * short:
+        return None
+    if abs(x) > abs(y):
+        return "right" if x > 0 else "left"
+    return "down" if y > 0 else "up"
+
+
+def _shape(mask: Tensor) -> str | None:
+    """From how much of its bounding box the mask fills, median over frames."""
+    fills = []
+    for frame in mask:
+        rows, columns = frame.any(dim=1).nonzero(), frame.any(dim=0).nonzero()
+        if len(rows) == 0:
+            return None
+        box = int(rows[-1] - rows[0] + 1) * int(columns[-1] - columns[0] + 1)
+        fills.append(float(frame.sum()) / box)
+    fill = float(torch.tensor(fills).median())
+    return "square" if fill > SQUARE_FILL else "circle" if fill > CIRCLE_FILL else "triangle"

@@ -1,0 +1,66 @@
+"""From the DiT to the velocity a sampler follows: input channels, classifier-free guidance, held latents."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..conditioning import ImageConditioning, TextConditioning
+from ..config import DiTConfig
+from ..dit.model import DiffusionTransformer
+from ..dit.plan import VisualPlan
+from .samplers import VelocityFn
+
+GUIDANCE_OFF = 1e-6
+"""|guidance_scale - 1| up to this means no negative pass."""
+
+
+def model_input(latents: Tensor, image: ImageConditioning | None, config: DiTConfig) -> Tensor:
+    """Latents (B, 16, T, H, W) with what the patch embedding reads beside them, (B, input_channels, T, H, W).
+
+    Image to video puts clean latents into the noisy ones and leaves the source channels zero; editing fills the
+    source channels. The mask channel says where either is given.
+    """
+    image = image or ImageConditioning()
+    mask = torch.zeros_like(latents[:, :1]) if image.mask is None else image.mask.to(latents).expand_as(latents[:, :1])
+    if image.clean is not None:
+        latents = hold(latents, image)
+    if not config.visual_cond:
+        return latents
+    source = torch.zeros_like(latents) if image.source is None else image.source.to(latents)
+    return torch.cat([latents, source, mask], dim=1)
+
+
+def hold(latents: Tensor, image: ImageConditioning) -> Tensor:
+    """`latents` with the clean ones in place wherever the mask is 1."""
+    assert image.clean is not None and image.mask is not None
+    mask = image.mask.to(latents)
+    return latents * (1 - mask) + image.clean.to(latents) * mask
+
+
+def guided_velocity(
+    dit: DiffusionTransformer, positive: TextConditioning, negative: TextConditioning | None, guidance_scale: float,
+    plan: VisualPlan, image: ImageConditioning | None = None,
+) -> VelocityFn:  # fmt: skip
+    """velocity = negative + guidance_scale * (positive - negative); at scale 1 one evaluation, without the negative.
+
+    Raises:
+        ValueError: guidance is on and there is no negative conditioning.
+    """
+    guided = abs(guidance_scale - 1) > GUIDANCE_OFF
+    if guided and negative is None:
+        raise ValueError(f"guidance_scale {guidance_scale} needs a negative prompt; an empty one will do")
+    dtype = dit.visual_embeddings.in_layer.weight.dtype
+    positive = positive.trimmed()
+    negative = negative.trimmed() if guided and negative is not None else None
+
+    def velocity(latents: Tensor, sigma: Tensor) -> Tensor:
+        inputs = model_input(latents.to(dtype), image, dit.config)
+        timestep = (1000 * sigma.float()).to(latents.device).expand(len(latents))
+        conditional = dit(inputs, timestep, positive, plan).float()
+        if negative is None:
+            return conditional
+        unconditional = dit(inputs, timestep, negative, plan).float()
+        return unconditional + guidance_scale * (conditional - unconditional)
+
+    return velocity

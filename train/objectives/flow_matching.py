@@ -1,0 +1,79 @@
+"""Flow matching: predict the velocity noise - clean at a random noise level (report section 4.6)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kandinsky5_core.conditioning import ImageConditioning, TextConditioning
+from kandinsky5_core.config import NablaConfig
+from kandinsky5_core.dit.model import DiffusionTransformer
+from kandinsky5_core.dit.plan import plan_visual
+from kandinsky5_core.sampling.guidance import model_input
+from kandinsky5_core.shapes import LatentShape
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Clean training samples of one size."""
+
+    latents: Tensor
+    """(B, C, T, H, W), scaled for the DiT."""
+    text: TextConditioning
+    hold_first: Tensor
+    """(B,) bool: image to video, the first latent frame stays clean and out of the loss."""
+
+
+def sample_sigmas(count: int, distribution: str, shift: float, generator: torch.Generator) -> Tensor:
+    """(count,) noise levels in (0, 1).
+
+    'uniform' and 'logit_normal' draw s; `shift` then warps it as the sampling schedule does, shift*s/(1+(shift-1)*s),
+    so that 'uniform' with the variant's shift trains on just the levels that sampling visits.
+
+    Raises:
+        ValueError: unknown distribution.
+    """
+    if distribution == "uniform":
+        sigmas = torch.rand(count, generator=generator)
+    elif distribution == "logit_normal":
+        sigmas = torch.randn(count, generator=generator).sigmoid()
+    else:
+        raise ValueError(f"unknown sigma distribution '{distribution}'; use 'uniform' or 'logit_normal'")
+    return shift * sigmas / (1 + (shift - 1) * sigmas)
+
+
+@dataclass
+class FlowMatching:
+    """The objective for `train.loop.fit`: mean squared error on the velocity, over every frame that is not given.
+
+    In image to video the clean first frame stands in the noisy channels, its mask is 1 and the source channels
+    are zero, exactly as in inference.
+    """
+
+    batches: Callable[[int, torch.Generator], Batch]
+    """Batch of a step, a function of (step, generator) alone."""
+    rope_scale: tuple[float, float, float]
+    distribution: str = "uniform"
+    shift: float = 3.0
+    nabla: NablaConfig | None = None
+
+    def __call__(self, model: DiffusionTransformer, step: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """{'loss': scalar} of the batch of `step`."""
+        batch = self.batches(step, generator)
+        clean = batch.latents
+        sigmas = sample_sigmas(len(clean), self.distribution, self.shift, generator)
+        noise = torch.randn(clean.shape, generator=generator)
+        level = sigmas.view(-1, 1, 1, 1, 1)
+        noisy = (1 - level) * clean + level * noise
+        mask = torch.zeros(len(clean), 1, clean.shape[2], 1, 1)
+        mask[:, :, 0] = batch.hold_first.view(-1, 1, 1, 1).float()
+        inputs = model_input(noisy, ImageConditioning(clean=clean, mask=mask), model.config)
+        grid = LatentShape(*clean.shape).token_grid(model.config.patch_size)
+        plan = plan_visual(model.config, grid, self.rope_scale, self.nabla)
+        velocity = model(inputs, 1000 * sigmas, batch.text.trimmed(), plan).float()
+        error = (velocity - (noise - clean)).square().mean(dim=(1, 3, 4))
+        counted = 1 - mask[:, 0, :, 0, 0]
+        return {"loss": (error * counted).sum() / counted.sum().clamp_min(1)}

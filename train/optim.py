@@ -1,0 +1,93 @@
+"""Optimizers, learning-rate schedule and moving average of weights."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from .config import FitConfig
+
+
+def learning_rate(step: int, config: FitConfig) -> float:
+    """Rate for step `step` (from 0): linear warm-up, then constant or cosine."""
+    warmup = min(1.0, (step + 1) / max(1, config.warmup_steps))
+    if config.schedule == "constant":
+        return config.learning_rate * warmup
+    progress = min(1.0, step / config.num_steps)
+    cosine = 0.5 * (1 + math.cos(math.pi * progress))
+    return config.learning_rate * warmup * (config.final_rate + (1 - config.final_rate) * cosine)
+
+
+class Optimizers:
+    """One optimizer, or several over disjoint parameters, stepped as one."""
+
+    def __init__(self, parts: list[torch.optim.Optimizer]) -> None:
+        self.parts = parts
+
+    def step(self, rate: float) -> None:
+        """One update at learning rate `rate`; gradients are gone afterwards."""
+        for part in self.parts:
+            for group in part.param_groups:
+                group["lr"] = rate
+            part.step()
+            part.zero_grad(set_to_none=True)
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Every state value as a tensor, by 'part.parameter.name'."""
+        return {
+            f"{number}.{index}.{key}": torch.as_tensor(value)
+            for number, part in enumerate(self.parts)
+            for index, state in part.state_dict()["state"].items()
+            for key, value in state.items()
+        }
+
+    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Restore what `state_tensors` gave."""
+        states: list[dict[int, dict[str, Tensor]]] = [{} for _ in self.parts]
+        for name, value in tensors.items():
+            number, index, key = name.split(".", 2)
+            states[int(number)].setdefault(int(index), {})[key] = value
+        for part, state in zip(self.parts, states, strict=True):
+            part.load_state_dict({"state": state, "param_groups": part.state_dict()["param_groups"]})
+
+
+def build_optimizers(model: nn.Module, config: FitConfig) -> Optimizers:
+    """What `config.optimizer` names.
+
+    Muon orthogonalises the update of each matrix (Jordan et al. 2024); its rate is scaled to AdamW's, so one
+    learning rate serves both parts.
+    """
+    adamw = {"lr": config.learning_rate, "betas": config.betas, "weight_decay": config.weight_decay}
+    if config.optimizer == "adamw":
+        return Optimizers([torch.optim.AdamW(model.parameters(), **adamw)])
+    matrices, rest = [], []
+    for name, parameter in model.named_parameters():
+        inside = "blocks" in name and "modulation" not in name and parameter.dim() == 2
+        (matrices if inside else rest).append(parameter)
+    muon = torch.optim.Muon(
+        matrices, lr=config.learning_rate, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
+    )
+    return Optimizers([muon, torch.optim.AdamW(rest, **adamw)])
+
+
+class MovingAverage:
+    """Exponential moving average of a module's parameters, in fp32."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.num_updates = 0
+        self.weights = {name: p.detach().float().clone() for name, p in model.named_parameters()}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Take in the weights after one optimizer step."""
+        self.num_updates += 1
+        decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
+        for name, parameter in model.named_parameters():
+            self.weights[name].lerp_(parameter.detach().float(), 1 - decay)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The averaged weights, by parameter name."""
+        return self.weights

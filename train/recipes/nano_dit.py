@@ -1,0 +1,118 @@
+"""The Nano video DiT: stills first, then clips (t2v and i2v) with some stills, as the report's stages go."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kandinsky5_core.conditioning import TextConditioning
+from kandinsky5_core.config import VARIANTS
+from kandinsky5_core.dit.model import DiffusionTransformer, initialise
+from kandinsky5_core.nano.drawing import random_clip
+from kandinsky5_core.nano.language import varied_caption
+from kandinsky5_core.text.encoder import TextEncoder
+
+from ..checkpoint import write_tensors
+from ..config import FitConfig
+from ..loop import fit
+from ..objectives.flow_matching import Batch, FlowMatching
+from .nano_latents import LinearCode
+
+SEED = 40
+NUM_CLIPS, NUM_STILLS = 10_000, 3_000
+CAPTION_DROP = 0.1
+I2V_SHARE = 0.3
+STILLS = FitConfig(num_steps=800, learning_rate=2e-3, optimizer="muon", warmup_steps=100, schedule="constant", ema_decay=0.995,
+                   checkpoint_every=250, seed=SEED)  # fmt: skip
+CLIPS = FitConfig(num_steps=7000, learning_rate=2e-3, optimizer="muon", warmup_steps=100, ema_decay=0.998, checkpoint_every=250,
+                  seed=SEED + 1)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pool:
+    """Latents and captions of drawn clips; row i of everything belongs together."""
+
+    latents: Tensor
+    """(N, 16, T, H, W)."""
+    moving: TextConditioning
+    """Captions that tell the motion; N rows and a last one, the empty prompt."""
+    still: TextConditioning
+    """Captions without a verb for the first rows, encoded as the text of images is."""
+
+
+def _encode(encoder: TextEncoder, texts: list[str], task: str) -> TextConditioning:
+    """Every text and the empty prompt, trimmed to the longest."""
+    parts = []
+    for start in range(0, len(texts) + 1, 256):
+        part = encoder.encode([*texts, ""][start : start + 256], task=task, max_tokens=40)
+        parts.append(part)
+    return TextConditioning(
+        embeds=torch.cat([part.embeds for part in parts]),
+        pooled=torch.cat([part.pooled for part in parts]),
+        mask=torch.cat([part.mask for part in parts]),
+    ).trimmed()
+
+
+@torch.no_grad()
+def make_pool(encoder: TextEncoder, code: LinearCode, seed: int, count: int) -> Pool:
+    """Draw and encode `count` clips."""
+    variant = VARIANTS["nano-video"]
+    rng = random.Random(seed)
+    latents, moving, still = [], [], []
+    for _ in range(count):
+        scene, frames = random_clip(rng, variant.num_frames, variant.resolutions[0][0])
+        latents.append(code.encode(frames[None])[0])
+        moving.append(varied_caption(scene, rng))
+        still.append(varied_caption(scene, rng, moving=False))
+    return Pool(
+        latents=torch.stack(latents),
+        moving=_encode(encoder, moving, "t2v"),
+        still=_encode(encoder, still[:NUM_STILLS], "t2i"),
+    )
+
+
+@dataclass
+class NanoBatches:
+    """Batches out of the pool: all stills or all clips, never mixed."""
+
+    pool: Pool
+    still_share: float
+    num_stills: int = 64
+    num_clips: int = 24
+
+    def __call__(self, step: int, generator: torch.Generator) -> Batch:
+        """The batch of one step."""
+        stills = bool(torch.rand((), generator=generator) < self.still_share)
+        count = self.num_stills if stills else self.num_clips
+        captions = self.pool.still if stills else self.pool.moving
+        empty = len(captions.embeds) - 1
+        rows = torch.randint(empty, (count,), generator=generator)
+        text_rows = torch.where(torch.rand(count, generator=generator) < CAPTION_DROP, empty, rows)
+        latents = self.pool.latents[rows]
+        hold_first = torch.rand(count, generator=generator) < I2V_SHARE
+        return Batch(
+            latents=latents[:, :, :1] if stills else latents,
+            text=TextConditioning(
+                embeds=captions.embeds[text_rows], pooled=captions.pooled[text_rows], mask=captions.mask[text_rows]
+            ),
+            hold_first=hold_first & (not stills),
+        )
+
+
+def train_dit(folder: Path, encoder: TextEncoder) -> Path:
+    """Train in `folder`, which holds the code already; the path of the finished weights."""
+    variant = VARIANTS["nano-video"]
+    code = LinearCode.load(folder / "code.safetensors")
+    pool = make_pool(encoder, code, SEED + 2, NUM_CLIPS)
+    model = DiffusionTransformer(variant.dit)
+    initialise(model, torch.Generator().manual_seed(SEED))
+    objective = FlowMatching(NanoBatches(pool, 1.0), variant.rope_scale, shift=variant.sampling.shift)
+    fit(model, objective, STILLS, folder / "dit-stills")
+    average = fit(model, replace(objective, batches=NanoBatches(pool, 0.1)), CLIPS, folder / "dit-clips")
+    result = folder / "dit.safetensors"
+    write_tensors(result, average.state_dict())
+    return result
