@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .load import load
+    from .loading import load
     from .pipeline import Models, Request, Result, generate
 
 __version__ = "0.1.0"
@@ -19,7 +19,7 @@ __all__ = ["Models", "Request", "Result", "generate", "load"]
 def __getattr__(name: str) -> object:
     # Importing torch takes seconds, which `kandinsky5 --help` and ComfyUI's start should not pay for.
     if name == "load":
-        from .load import load
+        from .loading import load
 
         return load
     if name in ("Models", "Request", "Result", "generate"):

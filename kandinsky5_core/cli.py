@@ -50,9 +50,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _add_models(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", default="nano-video", help="embedded model, or path of a DiT (default nano-video)")
+    parser.add_argument("--model", default="nano-video", help="embedded model, or a DiT file (default nano-video)")
     parser.add_argument("--variant", choices=sorted(VARIANTS), metavar="NAME",
-                        help="what the model file is, where it serves several uses (see `kandinsky5 info FILE`)")  # fmt: skip
+                        help="what the model file is, where it serves several uses (see `info`)")  # fmt: skip
     parser.add_argument("--text-encoder", help="Qwen2.5-VL: folder or single file")
     parser.add_argument("--clip", help="CLIP ViT-L/14: folder or clip_l.safetensors")
     parser.add_argument("--vae", help="VAE: folder or single file")

@@ -13,7 +13,7 @@ from pathlib import Path
 from torch import Tensor
 from tqdm import tqdm
 
-from .load import DTYPES, check_device, find_files, load_files
+from .loading import DTYPES, check_device, find_files, load_files
 from .media import check_output, read_image, write_image, write_video
 from .memory.peak import peak_memory_bytes
 from .pipeline import Request, Result, generate, resolve
@@ -32,8 +32,8 @@ def generate_command(args: argparse.Namespace) -> dict[str, object]:
         variant_name=args.variant,
     )  # fmt: skip
     request = resolve(_request(args), files.variant)
-    check_output(args.out, request.num_frames)
-    models = load_files(files, device=args.device, dtype=args.dtype)
+    check_output(args.out, request.num_frames, height=request.height, width=request.width)
+    models = load_files(files, device=args.device, dtype=args.dtype, lm_head=args.enhance)
     if args.enhance:
         request = enhanced(models.text_encoder, request)
     with step_bar() as on_step:

@@ -192,12 +192,14 @@ NANO_VIDEO = DiTConfig(
     in_text_dim=128, in_text_dim2=64,
 )  # fmt: skip
 NANO_VIDEO_VAE = VAEConfig(
-    kind="hunyuan", scaling_factor=1.0, block_out_channels=(16, 32, 64, 64), layers_per_block=1, norm_num_groups=4
+    kind="hunyuan", scaling_factor=0.5, block_out_channels=(16, 32, 64, 64), layers_per_block=1, norm_num_groups=4
 )
 
 
-def _video(name: str, dit: DiTConfig, *, file: str, seconds: int, size: int = 512, mass: float | None = None,
-           steps: int = 50, guidance: float = 5.0, shift: float, tasks: tuple[str, ...] = ("t2v", "t2i")) -> Variant:  # fmt: skip
+def _video(
+    name: str, dit: DiTConfig, *, file: str, seconds: int, size: int = 512, mass: float | None = None, steps: int = 50,
+    guidance: float = 5.0, shift: float, tasks: tuple[str, ...] = ("t2v", "t2i"),
+) -> Variant:  # fmt: skip
     high_definition = size == 1024
     # RESOLUTIONS_1024 starts with the square; wide is what people film, so HD video starts with 768x1280.
     hd_sizes = tuple(sorted(RESOLUTIONS_1024, key=lambda hw: hw != (768, 1280)))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .commands import step_bar, write_result
-from .load import load
+from .loading import load
 from .media import check_output, write_image
 from .nano.drawing import Trajectory, draw
 from .nano.language import parse

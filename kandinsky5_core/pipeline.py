@@ -207,8 +207,14 @@ def encode_prompts(models: Models, request: Request) -> tuple[TextConditioning, 
 def first_frame_conditioning(models: Models, request: Request, latent_shape: LatentShape) -> ImageConditioning:
     """The given image as the clean first latent frame, with its mask."""
     pixels = fit_image(request.image, request.height, request.width)
-    pixels = (pixels * 2 - 1).permute(2, 0, 1)[None, :, None].to(models.device, _dtype_of(models.vae))
-    plan = plan_encode(tuple(pixels.shape), models.variant.vae, budget_bytes=request.vae_budget_bytes)
+    dtype = _dtype_of(models.vae)
+    pixels = (pixels * 2 - 1).permute(2, 0, 1)[None, :, None].to(models.device, dtype)
+    plan = plan_encode(
+        tuple(pixels.shape),
+        models.variant.vae,
+        budget_bytes=request.vae_budget_bytes,
+        bytes_per_element=dtype.itemsize,
+    )
     first = scale_latents(encode_tiled(models.vae, pixels, plan), models.variant.vae).float()
     clean = torch.zeros(latent_shape, device=models.device)
     clean[:, :, :1] = first

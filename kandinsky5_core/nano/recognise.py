@@ -22,8 +22,10 @@ MOVED, STILL = 0.10, 0.06
 """Way of the centre, in sides, from which a shape counts as moving, and up to which as still."""
 STRAIGHT = 2.0
 """The way along one axis is at least this many times that along the other."""
-SQUARE_FILL, CIRCLE_FILL = 0.89, 0.66
-"""Share of its bounding box that the shape fills: 1 for a square, 0.79 for a circle, 0.5 for a triangle."""
+SQUARE_FILL = 0.855
+"""Share of its bounding box that a square fills at least (sharp: 1); a circle fills 0.79."""
+TRIANGLE_SKEW = -0.13
+"""Vertical skewness below which a shape is wide at the bottom: -0.56 for a sharp triangle, 0 for the others."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +57,7 @@ def recognise(frames: Tensor) -> Sighting:
     path = _centres(coverage)
     return Sighting(
         color=_nearest(color, COLORS),
-        shape=_shape(coverage > 0.5),
+        shape=_shape(coverage),
         motion=_motion(path),
         background=background_name,
         path=tuple((float(x), float(y)) for x, y in path),
@@ -108,14 +110,26 @@ def _motion(path: Tensor) -> str | None:
     return "down" if y > 0 else "up"
 
 
-def _shape(mask: Tensor) -> str | None:
-    """From how much of its bounding box the mask fills, median over frames."""
-    fills = []
-    for frame in mask:
-        rows, columns = frame.any(dim=1).nonzero(), frame.any(dim=0).nonzero()
+def _shape(coverage: Tensor) -> str | None:
+    """From the vertical skewness of the mass and how much of its bounding box it fills, medians over frames."""
+    fills, skews = [], []
+    for frame in coverage:
+        mask = frame > 0.5
+        rows, columns = mask.any(dim=1).nonzero(), mask.any(dim=0).nonzero()
         if len(rows) == 0:
             return None
-        box = int(rows[-1] - rows[0] + 1) * int(columns[-1] - columns[0] + 1)
-        fills.append(float(frame.sum()) / box)
-    fill = float(torch.tensor(fills).median())
-    return "square" if fill > SQUARE_FILL else "circle" if fill > CIRCLE_FILL else "triangle"
+        top, bottom, left, right = int(rows[0]), int(rows[-1]) + 1, int(columns[0]), int(columns[-1]) + 1
+        fills.append(mask.sum() / ((bottom - top) * (right - left)))
+        # Noise far from the shape would rule a third moment: look one pixel around it only.
+        skews.append(_vertical_skewness(frame[max(0, top - 1) : bottom + 1, max(0, left - 1) : right + 1]))
+    if float(torch.stack(skews).median()) < TRIANGLE_SKEW:
+        return "triangle"
+    return "square" if float(torch.stack(fills).median()) > SQUARE_FILL else "circle"
+
+
+def _vertical_skewness(frame: Tensor) -> Tensor:
+    mass = torch.where(frame > 0.15, frame, torch.zeros(())).sum(dim=1)
+    mass = mass / mass.sum()
+    rows = torch.arange(len(mass), dtype=frame.dtype)
+    offsets = rows - (mass * rows).sum()
+    return (mass * offsets**3).sum() / (mass * offsets**2).sum() ** 1.5

@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..conditioning import ImageConditioning
-from ..load import load
+from ..loading import load
 from ..pipeline import Models, Request, decode_frames, first_frame_conditioning, resolve, sample_latents
 from ..shapes import VideoShape
 from .drawing import draw, random_scene, random_trajectory

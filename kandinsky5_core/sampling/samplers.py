@@ -35,7 +35,7 @@ def euler(velocity_fn: VelocityFn, latents: Tensor, sigmas: Tensor, on_step: OnS
 
 
 def heun(velocity_fn: VelocityFn, latents: Tensor, sigmas: Tensor, on_step: OnStep | None = None) -> Tensor:
-    """Second order, two evaluations a step (one in the last: the slope at sigma 0 is not what models are trained on)."""
+    """Second order, two evaluations a step (one in the last: no model is trained at sigma 0)."""
     x = latents.float()
     for i, step_size in enumerate(sigmas.diff()):
         slope = velocity_fn(x, sigmas[i]).float()

@@ -33,7 +33,7 @@ def test_last_evaluated_sigma_of_fifty_steps(shift: float, last: float) -> None:
 
 @pytest.mark.parametrize(("steps", "shift"), [(0, 5.0), (-1, 5.0), (10, 0.0), (10, math.nan)])
 def test_bad_schedules_are_refused(steps: int, shift: float) -> None:
-    with pytest.raises(ValueError, match="steps|shift"):
+    with pytest.raises(ValueError, match=r"steps|shift"):
         flow_schedule(steps, shift)
 
 

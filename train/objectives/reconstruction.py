@@ -38,7 +38,7 @@ class CodeReconstruction:
         scale = torch.linalg.pinv(code.rest_basis).square().sum(1)
         self.channel_weights = (scale / scale.mean()).view(1, -1, 1, 1, 1)
 
-    def __call__(self, model: HunyuanVAE, step: int, generator: torch.Generator) -> dict[str, Tensor]:
+    def __call__(self, model: HunyuanVAE, step: int, generator: torch.Generator) -> dict[str, Tensor]:  # noqa: ARG002
         """Losses of one batch: 'code' for the encoder, 'pixels' for the decoder, 'joint' for both."""
         frames = self._batch(generator)
         target = self.code.encode(frames)

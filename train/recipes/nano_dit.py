@@ -26,10 +26,14 @@ SEED = 40
 NUM_CLIPS, NUM_STILLS = 10_000, 3_000
 CAPTION_DROP = 0.1
 I2V_SHARE = 0.3
-STILLS = FitConfig(num_steps=800, learning_rate=2e-3, optimizer="muon", warmup_steps=100, schedule="constant", ema_decay=0.995,
-                   checkpoint_every=250, seed=SEED)  # fmt: skip
-CLIPS = FitConfig(num_steps=7000, learning_rate=2e-3, optimizer="muon", warmup_steps=100, ema_decay=0.998, checkpoint_every=250,
-                  seed=SEED + 1)  # fmt: skip
+STILLS = FitConfig(
+    num_steps=800, learning_rate=2e-3, optimizer="muon", warmup_steps=100, schedule="constant", ema_decay=0.995,
+    checkpoint_every=250, seed=SEED,
+)  # fmt: skip
+CLIPS = FitConfig(
+    num_steps=7000, learning_rate=2e-3, optimizer="muon", warmup_steps=100, ema_decay=0.998, checkpoint_every=250,
+    seed=SEED + 1,
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +88,7 @@ class NanoBatches:
     num_stills: int = 64
     num_clips: int = 24
 
-    def __call__(self, step: int, generator: torch.Generator) -> Batch:
+    def __call__(self, step: int, generator: torch.Generator) -> Batch:  # noqa: ARG002
         """The batch of one step."""
         stills = bool(torch.rand((), generator=generator) < self.still_share)
         count = self.num_stills if stills else self.num_clips

@@ -5,6 +5,7 @@ Shapes: B batch, C channels, T frames, H height, W width; activations are (B, C,
 
 from __future__ import annotations
 
+from itertools import pairwise
 from types import ModuleType
 
 import torch
@@ -125,9 +126,7 @@ class DownBlock(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         widths = [in_channels] + [out_channels] * num_layers
-        self.resnets = nn.ModuleList(
-            [ResnetBlock(a, b, groups, ops=ops) for a, b in zip(widths[:-1], widths[1:], strict=True)]
-        )
+        self.resnets = nn.ModuleList([ResnetBlock(a, b, groups, ops=ops) for a, b in pairwise(widths)])
         self.downsamplers = nn.ModuleList([Downsample(out_channels, stride, ops=ops)] if stride else [])
 
     def forward(self, x: Tensor) -> Tensor:
@@ -145,9 +144,7 @@ class UpBlock(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         widths = [in_channels] + [out_channels] * num_layers
-        self.resnets = nn.ModuleList(
-            [ResnetBlock(a, b, groups, ops=ops) for a, b in zip(widths[:-1], widths[1:], strict=True)]
-        )
+        self.resnets = nn.ModuleList([ResnetBlock(a, b, groups, ops=ops) for a, b in pairwise(widths)])
         self.upsamplers = nn.ModuleList([Upsample(out_channels, factor, ops=ops)] if factor else [])
 
     def forward(self, x: Tensor) -> Tensor:

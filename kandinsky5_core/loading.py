@@ -30,8 +30,8 @@ class ModelFiles:
     text_encoder: Path
     clip: Path
     vae: Path
-    text_tokenizer: Path | None = None
-    clip_tokenizer: Path | None = None
+    tokenizers: Path | None = None
+    """Folder that the user named, or None: beside the weights, else the hub."""
 
 
 def find_files(
@@ -69,12 +69,10 @@ def find_files(
         "clip": _part(path, clip, "text_encoder_2", "--clip"),
         "vae": _part(path, vae, "vae", "--vae"),
     }
-    folder = Path(tokenizers) if tokenizers else None
+    if tokenizers is not None and not Path(tokenizers).is_dir():
+        raise ValueError(f"--tokenizers '{tokenizers}' is not a folder")
     log.info("variant %s (%s)", chosen, info.variant_reason)
-    return ModelFiles(
-        variant=variant(chosen), dit=path, **parts,
-        text_tokenizer=folder or _beside(path, "tokenizer"), clip_tokenizer=folder or _beside(path, "tokenizer_2"),
-    )  # fmt: skip
+    return ModelFiles(variant=variant(chosen), dit=path, **parts, tokenizers=Path(tokenizers) if tokenizers else None)
 
 
 def load(
@@ -98,9 +96,13 @@ def load(
 
 
 def load_files(
-    files: ModelFiles, *, device: str | torch.device = "cpu", dtype: str | torch.dtype | None = None
+    files: ModelFiles,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype | None = None,
+    lm_head: bool = False,
 ) -> Models:
-    """The models of files that `find_files` found."""
+    """The models of files that `find_files` found; `lm_head` also loads what the prompt enhancer needs."""
     device = check_device(str(device))
     weights_dtype = resolve_dtype(dtype, device)
     dit, _ = load_dit(files.dit, dtype=weights_dtype)
@@ -111,10 +113,16 @@ def load_files(
         raise ValueError(
             f"--vae {files.vae} is a {vae_info.config.kind} VAE; {files.variant.name} needs {files.variant.vae.kind}"
         )
+    folder = files.tokenizers
+    named = {"comfyui": folder} if folder and (folder / "comfy").is_dir() else _tokenizer_folders(folder)
     encoder = load_text_encoder(
-        files.text_encoder, files.clip, qwen_tokenizer=files.text_tokenizer, clip_tokenizer=files.clip_tokenizer,
+        files.text_encoder,
+        files.clip,
+        **named,
+        lm_head=lm_head,
+        local_files_only=_is_embedded(files),
         dtype=weights_dtype,
-    )  # fmt: skip
+    )
     return Models(
         variant=files.variant, dit=dit.eval(), text_encoder=encoder, vae=vae.eval(), device=device,
         dtype=weights_dtype, model_hash=model_hash(files.dit, want="dit"),
@@ -156,9 +164,17 @@ def _names() -> str:
     return ", ".join(name for name in VARIANTS if name.startswith("nano-"))
 
 
-def _beside(model: Path, name: str) -> Path | None:
-    folder = model / name
-    return folder if folder.is_dir() else None
+def _is_embedded(files: ModelFiles) -> bool:
+    return files.variant.family.startswith("Nano")
+
+
+def _tokenizer_folders(folder: Path | None) -> dict[str, Path]:
+    """A folder for both tokenizers, or one with a sub-folder for each (`tokenizer`, `tokenizer_2`)."""
+    if folder is None:
+        return {}
+    clip = folder / "tokenizer_2"
+    qwen = folder / "tokenizer"
+    return {"qwen_tokenizer": qwen if qwen.is_dir() else folder, "clip_tokenizer": clip if clip.is_dir() else folder}
 
 
 def _part(model: Path, given: str | Path | None, subfolder: str, option: str) -> Path:
