@@ -7,6 +7,7 @@ import json
 import logging
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 from .config import VARIANTS
 
@@ -36,9 +37,16 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+class Parser(argparse.ArgumentParser):
+    """Answers a wrong option with one line, as every other bad input is answered."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(USAGE_ERROR, f"{self.prog}: error: {message}\n")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Every command and option."""
-    parser = argparse.ArgumentParser(prog="kandinsky5", description="Run Kandinsky 5.0 from the command line.")
+    parser = Parser(prog="kandinsky5", description="Run Kandinsky 5.0 from the command line.")
     parser.add_argument("-v", "--verbose", action="store_true", help="say which paths and settings are taken")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_generate(commands)

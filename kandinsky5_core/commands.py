@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -33,7 +34,9 @@ def generate_command(args: argparse.Namespace) -> dict[str, object]:
     )  # fmt: skip
     request = resolve(_request(args), files.variant)
     check_output(args.out, request.num_frames, height=request.height, width=request.width)
+    began = time.perf_counter()
     models = load_files(files, device=args.device, dtype=args.dtype, lm_head=args.enhance)
+    load_seconds = round(time.perf_counter() - began, 3)
     if args.enhance:
         request = enhanced(models.text_encoder, request)
     with step_bar() as on_step:
@@ -42,7 +45,7 @@ def generate_command(args: argparse.Namespace) -> dict[str, object]:
     return {
         "out": str(args.out),
         "seed": request.seed,
-        "seconds": result.seconds,
+        "seconds": {"load": load_seconds, **result.seconds},
         "peak_memory_bytes": peak_memory_bytes(models.device),
         "model_hash": models.model_hash,
         "settings": result.settings,

@@ -187,6 +187,23 @@ def test_bad_input_ends_with_two_and_one_line(
     assert not (tmp_path / "x.mp4").exists()
 
 
+def test_wrong_option_values_end_with_two_and_one_line(capsys: pytest.CaptureFixture) -> None:
+    for arguments in (["--dtype", "fp7"], ["--steps", "many"], ["--no-such-option"]):
+        with pytest.raises(SystemExit) as stopped:
+            main(["generate", "--prompt", PROMPT, "--out", "x.mp4", *arguments])
+        assert stopped.value.code == 2
+        assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+def test_an_interrupted_run_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("kandinsky5_core.commands.generate", interrupt)
+    assert main(["generate", "--prompt", PROMPT, "--out", str(tmp_path / "x.mp4")]) == 130
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_info_and_convert_commands(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     from kandinsky5_core.loading import NANO_FOLDER
 
