@@ -17,7 +17,7 @@ from tqdm import tqdm
 from .loading import DTYPES, check_device, find_files, load_files
 from .media import check_output, read_image, write_image, write_video
 from .memory.peak import peak_memory_bytes
-from .pipeline import Request, Result, generate, resolve
+from .pipeline import Request, Result, fitting_variant, generate, resolve
 from .sampling.samplers import OnStep
 from .text.encoder import TextEncoder
 from .text.enhancer import enhance
@@ -32,7 +32,10 @@ def generate_command(args: argparse.Namespace) -> dict[str, object]:
         args.model, text_encoder=args.text_encoder, clip=args.clip, vae=args.vae, tokenizers=args.tokenizers,
         variant_name=args.variant,
     )  # fmt: skip
-    request = resolve(_request(args), files.variant)
+    request = _request(args)
+    if not files.variant_named:
+        files = replace(files, variant=fitting_variant(request, files.variant))
+    request = resolve(request, files.variant)
     check_output(args.out, request.num_frames, height=request.height, width=request.width)
     began = time.perf_counter()
     models = load_files(files, device=args.device, dtype=args.dtype, lm_head=args.enhance)

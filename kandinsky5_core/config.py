@@ -289,3 +289,10 @@ def variant(name: str) -> Variant:
         near = difflib.get_close_matches(name, VARIANTS, n=3, cutoff=0.3)
         raise ValueError(f"unknown model variant '{name}'; nearest: {', '.join(near)}; all: {', '.join(VARIANTS)}")
     return VARIANTS[name]
+
+
+def variant_for_size(row: Variant, height: int, width: int) -> Variant:
+    """Of the rows that share `row`'s checkpoint (SD and HD), the one made for frames of about this area."""
+    siblings = [other for other in VARIANTS.values() if other.files and other.files == row.files]
+    area = max(1, height * width)
+    return min(siblings or [row], key=lambda other: max(area, other.max_area) / min(area, other.max_area))

@@ -30,6 +30,8 @@ class ModelFiles:
     text_encoder: Path
     clip: Path
     vae: Path
+    variant_named: bool = True
+    """The user chose the row; otherwise the size asked for may choose among rows of the same checkpoint."""
     tokenizers: Path | None = None
     """Folder that the user named, or None: beside the weights, else the hub."""
 
@@ -72,7 +74,13 @@ def find_files(
     if tokenizers is not None and not Path(tokenizers).is_dir():
         raise ValueError(f"--tokenizers '{tokenizers}' is not a folder")
     log.info("variant %s (%s)", chosen, info.variant_reason)
-    return ModelFiles(variant=variant(chosen), dit=path, **parts, tokenizers=Path(tokenizers) if tokenizers else None)
+    return ModelFiles(
+        variant=variant(chosen),
+        dit=path,
+        **parts,
+        variant_named=variant_name is not None,
+        tokenizers=Path(tokenizers) if tokenizers else None,
+    )
 
 
 def load(
@@ -126,6 +134,7 @@ def load_files(
     return Models(
         variant=files.variant, dit=dit.eval(), text_encoder=encoder, vae=vae.eval(), device=device,
         dtype=weights_dtype, model_hash=model_hash(files.dit, want="dit"),
+        variant_named=files.variant_named,
     )  # fmt: skip
 
 

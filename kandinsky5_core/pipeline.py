@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .attention.nabla import resolve_attention
 from .conditioning import ImageConditioning, TextConditioning
-from .config import Variant
+from .config import Variant, variant_for_size
 from .dit.model import DiffusionTransformer
 from .dit.plan import plan_visual
 from .sampling.first_frame import normalise_first_frames
@@ -49,6 +49,8 @@ class Models:
     vae: HunyuanVAE | FluxVAE
     device: torch.device
     dtype: torch.dtype
+    variant_named: bool = True
+    """False: `variant` is a guess among rows of one checkpoint, and the size asked for decides."""
     model_hash: str = ""
     """Short content hash of the DiT's file."""
 
@@ -125,6 +127,16 @@ def resolve(request: Request, variant: Variant) -> Request:
     return resolved
 
 
+def fitting_variant(request: Request, variant: Variant) -> Variant:
+    """The row of the same checkpoint for the size that was asked for: HD settings for HD sizes."""
+    if request.width is None or request.height is None:
+        return variant
+    fitting = variant_for_size(variant, request.height, request.width)
+    if fitting != variant:
+        log.info("%dx%d takes the settings of %s", request.width, request.height, fitting.name)
+    return fitting
+
+
 def _or(value: object, default: object) -> object:
     return default if value is None else value
 
@@ -172,6 +184,8 @@ def generate(models: Models, request: Request, on_step: OnStep | None = None) ->
     Raises:
         ValueError: the request does not fit the variant, before any work.
     """
+    if not models.variant_named:
+        models = replace(models, variant=fitting_variant(request, models.variant))
     request = resolve(request, models.variant)
     clock = _Clock()
     with clock.stage("text"), models.on_device(models.text_encoder):

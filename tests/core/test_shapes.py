@@ -2,7 +2,7 @@
 
 import pytest
 
-from kandinsky5_core.config import FLUX_VAE, HUNYUAN_VAE, VARIANTS, variant
+from kandinsky5_core.config import FLUX_VAE, HUNYUAN_VAE, VARIANTS, variant, variant_for_size
 from kandinsky5_core.shapes import LatentShape, VideoShape, nearest_resolution, size_from_image
 
 
@@ -92,3 +92,17 @@ def test_repositories_follow_the_published_names() -> None:
 def test_an_unknown_variant_is_answered_with_near_names() -> None:
     with pytest.raises(ValueError, match="lite-t2v-5s-sft"):
         variant("lite-t2v-5s")
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "expected"),
+    [
+        ("pro-t2v-5s-sft", (768, 1280), "pro-t2v-5s-sft-hd"),
+        ("pro-t2v-5s-sft", (512, 768), "pro-t2v-5s-sft"),
+        ("pro-i2v-5s-sft-hd", (512, 512), "pro-i2v-5s-sft"),
+        ("lite-t2v-5s-sft", (768, 1280), "lite-t2v-5s-sft"),
+        ("nano-video", (64, 64), "nano-video"),
+    ],
+)
+def test_the_size_chooses_among_rows_of_one_checkpoint(name: str, size: tuple[int, int], expected: str) -> None:
+    assert variant_for_size(variant(name), *size).name == expected
