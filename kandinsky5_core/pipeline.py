@@ -26,7 +26,7 @@ from .sampling.guidance import GUIDANCE_OFF, guided_velocity, hold
 from .sampling.noise import initial_noise
 from .sampling.samplers import SAMPLERS, OnStep
 from .sampling.schedule import flow_schedule
-from .shapes import LatentShape, VideoShape, size_from_image
+from .shapes import LatentShape, VideoShape, nearest_resolution, size_from_image
 from .text.encoder import TextEncoder
 from .vae.flux import FluxVAE
 from .vae.hunyuan.model import HunyuanVAE
@@ -73,7 +73,7 @@ class Request:
     task: str = "t2v"
     negative_prompt: str | None = None
     image: Tensor | None = None
-    """(H, W, 3) in [0, 1], for i2v: the first frame."""
+    """(H, W, 3) in [0, 1]: for i2v the first frame, for i2i the picture to edit (without it i2i is t2i)."""
     width: int | None = None
     height: int | None = None
     num_frames: int | None = None
@@ -153,8 +153,8 @@ def _check_options(request: Request, variant: Variant) -> None:
         raise ValueError("the prompt is empty; say what should be seen")
     if request.task == "i2v" and request.image is None:
         raise ValueError("task i2v needs an image: give the first frame (--image FILE)")
-    if request.task == "t2v" and request.image is not None:
-        raise ValueError("task t2v takes no image; use task i2v to start from one")
+    if request.task in ("t2v", "t2i") and request.image is not None:
+        raise ValueError(f"task {request.task} takes no image; use i2v to start from one or i2i to edit one")
     if not 0 <= request.seed < 2**63:
         raise ValueError(f"seed {request.seed} is out of range; use 0 to 2^63-1")
 
@@ -168,6 +168,8 @@ def _size(request: Request, variant: Variant) -> tuple[int, int]:
         return request.height, request.width
     if request.image is not None:
         height, width = request.image.shape[:2]
+        if request.task == "i2i":
+            return nearest_resolution(height, width, variant.resolutions)
         return size_from_image(height, width, max_area=variant.max_area, multiple=variant.image_size_multiple)
     return variant.resolutions[0]
 
@@ -193,9 +195,10 @@ def generate(models: Models, request: Request, on_step: OnStep | None = None) ->
     shape = VideoShape(request.batch, request.num_frames, request.height, request.width)
     latent_shape = shape.latent_shape(models.variant.vae)
     image = None
-    if request.task == "i2v":
+    if request.image is not None:
+        condition = first_frame_conditioning if request.task == "i2v" else source_conditioning
         with clock.stage("vae_encode"), models.on_device(models.vae):
-            image = first_frame_conditioning(models, request, latent_shape)
+            image = condition(models, request, latent_shape)
     with clock.stage("dit"), models.on_device(models.dit):
         latents = sample_latents(models, request, latent_shape, positive, negative, image, on_step)
     with clock.stage("vae_decode"), models.on_device(models.vae):
@@ -208,8 +211,13 @@ def encode_prompts(models: Models, request: Request) -> tuple[TextConditioning, 
     prompts = [request.prompt]
     if abs(request.guidance_scale - 1) > GUIDANCE_OFF:
         prompts.append(request.negative_prompt)
+    images = None
+    if request.task == "i2i" and request.image is not None:
+        images = [fit_image(request.image, request.height, request.width)]
     rows = [
-        models.text_encoder.encode([prompt], task=request.task, max_tokens=models.variant.max_text_tokens)
+        models.text_encoder.encode(
+            [prompt], task=request.task, max_tokens=models.variant.max_text_tokens, images=images
+        )
         .to(models.device)
         .repeat(request.batch)
         for prompt in prompts
@@ -220,6 +228,22 @@ def encode_prompts(models: Models, request: Request) -> tuple[TextConditioning, 
 
 def first_frame_conditioning(models: Models, request: Request, latent_shape: LatentShape) -> ImageConditioning:
     """The given image as the clean first latent frame, with its mask."""
+    first = encode_image(models, request)
+    clean = torch.zeros(latent_shape, device=models.device)
+    clean[:, :, :1] = first
+    mask = torch.zeros(latent_shape.batch, 1, latent_shape.frames, 1, 1, device=models.device)
+    mask[:, :, 0] = 1
+    return ImageConditioning(clean=clean, mask=mask)
+
+
+def source_conditioning(models: Models, request: Request, latent_shape: LatentShape) -> ImageConditioning:
+    """The picture to edit in the source channels, with a mask of ones; the same for both passes of guidance."""
+    source = encode_image(models, request).expand(latent_shape)
+    return ImageConditioning(source=source, mask=torch.ones(latent_shape.batch, 1, 1, 1, 1, device=models.device))
+
+
+def encode_image(models: Models, request: Request) -> Tensor:
+    """The request's image, covered and cropped to its size, as scaled latents (1, C, 1, h, w) fp32."""
     pixels = fit_image(request.image, request.height, request.width)
     dtype = _dtype_of(models.vae)
     pixels = (pixels * 2 - 1).permute(2, 0, 1)[None, :, None].to(models.device, dtype)
@@ -229,12 +253,7 @@ def first_frame_conditioning(models: Models, request: Request, latent_shape: Lat
         budget_bytes=request.vae_budget_bytes,
         bytes_per_element=dtype.itemsize,
     )
-    first = scale_latents(encode_tiled(models.vae, pixels, plan), models.variant.vae).float()
-    clean = torch.zeros(latent_shape, device=models.device)
-    clean[:, :, :1] = first
-    mask = torch.zeros(latent_shape.batch, 1, latent_shape.frames, 1, 1, device=models.device)
-    mask[:, :, 0] = 1
-    return ImageConditioning(clean=clean, mask=mask)
+    return scale_latents(encode_tiled(models.vae, pixels, plan), models.variant.vae).float()
 
 
 def fit_image(image: Tensor, height: int, width: int) -> Tensor:

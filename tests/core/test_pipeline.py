@@ -68,6 +68,26 @@ def test_nabla_and_dense_and_samplers_run_on_the_same_models(nano: Models) -> No
         assert torch.isfinite(generate(nano, replace(request, sampler=sampler)).frames).all()
 
 
+def test_editing_shows_the_picture_to_the_dit_and_to_qwen_in_both_passes(nano: Models) -> None:
+    editor = replace(nano, variant=replace(nano.variant, tasks=("i2i",)))
+    seen = []
+    hook = nano.dit.register_forward_pre_hook(lambda module, args: seen.append((args[0], args[2])))
+    picture = torch.rand(64, 64, 3, generator=torch.Generator().manual_seed(0))
+    try:
+        generate(editor, Request(prompt="make the circle blue", task="i2i", image=picture, num_steps=1))
+        generate(editor, Request(prompt="make the circle blue", task="i2i", num_steps=1))
+    finally:
+        hook.remove()
+    assert len(seen) == 4
+    (positive, said), (negative, unsaid), (without, plain), _ = seen
+    assert torch.equal(positive[:, 16:], negative[:, 16:])
+    assert float(positive[:, 16:32].std()) > 0.1
+    assert torch.equal(positive[:, 32], torch.ones_like(positive[:, 32]))
+    assert torch.equal(without[:, 16:], torch.zeros_like(without[:, 16:]))
+    assert said.embeds.shape[1] != plain.embeds.shape[1]
+    assert unsaid.embeds.shape[1] >= 1
+
+
 def test_other_sizes_and_lengths(nano: Models) -> None:
     frames = generate(nano, Request(prompt=PROMPT, width=96, height=48, num_frames=5, num_steps=2)).frames
     assert frames.shape == (1, 5, 48, 96, 3)
@@ -121,6 +141,7 @@ def test_score_counts_right_clips(nano: Models) -> None:
         ({"prompt": "  "}, "prompt is empty"),
         ({"seed": -1}, "seed -1"),
         ({"image": torch.zeros(8, 8, 3)}, "t2v takes no image"),
+        ({"task": "t2i", "image": torch.zeros(8, 8, 3)}, "t2i takes no image"),
     ],
 )
 def test_bad_requests_name_the_input_and_the_fix(change: dict, message: str) -> None:
