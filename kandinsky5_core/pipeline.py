@@ -35,7 +35,6 @@ from .vae.tiling import DEFAULT_BUDGET_BYTES, decode_tiled, encode_tiled, plan_d
 
 log = logging.getLogger(__name__)
 
-TASKS = ("t2v", "i2v", "t2i", "i2i")
 ATTENTIONS = ("auto", "dense", "nabla")
 
 
