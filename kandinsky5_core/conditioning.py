@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +39,20 @@ class TextConditioning:
             pooled=self.pooled.repeat_interleave(count, 0),
             mask=self.mask.repeat_interleave(count, 0),
         )
+
+    def rows(self, index: torch.Tensor) -> TextConditioning:
+        """The rows at `index` (N,), a new batch."""
+        return TextConditioning(embeds=self.embeds[index], pooled=self.pooled[index], mask=self.mask[index])
+
+
+def joined(parts: Sequence[TextConditioning]) -> TextConditioning:
+    """Several batches as one, padded to the longest."""
+    length = max(part.mask.shape[1] for part in parts)
+    return TextConditioning(
+        embeds=torch.cat([F.pad(part.embeds, (0, 0, 0, length - part.embeds.shape[1])) for part in parts]),
+        pooled=torch.cat([part.pooled for part in parts]),
+        mask=torch.cat([F.pad(part.mask, (0, length - part.mask.shape[1])) for part in parts]),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -194,6 +194,13 @@ NANO_VIDEO = DiTConfig(
 NANO_VIDEO_VAE = VAEConfig(
     kind="hunyuan", scaling_factor=0.5, block_out_channels=(16, 32, 64, 64), layers_per_block=1, norm_num_groups=4
 )
+NANO_EDIT = dataclasses.replace(NANO_VIDEO, num_visual_blocks=4)
+NANO_IMAGE = dataclasses.replace(NANO_EDIT, visual_cond=False)
+NANO_IMAGE_VAE = VAEConfig(
+    kind="flux", scaling_factor=0.3611, temporal_ratio=1, block_out_channels=(16, 32, 64, 64), layers_per_block=1,
+    norm_num_groups=4,
+)  # fmt: skip
+NANO_IMAGE_SIZES = ((64, 64), (64, 96), (96, 64), (96, 96))
 
 
 def _video(
@@ -227,6 +234,14 @@ def _image(name: str, dit: DiTConfig, *, file: str, repo: str, tasks: tuple[str,
         sampling=SamplingDefaults(num_steps=50, guidance_scale=3.5, shift=3.0),
         resolutions=RESOLUTIONS_1024, num_frames=1, rope_scale=(1.0, 1.0, 1.0), max_text_tokens=512,
         files=(file,), repo=repo, max_area=1024 * 1024,
+    )  # fmt: skip
+
+
+def _nano_image(name: str, dit: DiTConfig, *, tasks: tuple[str, ...], family: str) -> Variant:
+    return Variant(
+        name=name, family=family, tasks=tasks, dit=dit, vae=NANO_IMAGE_VAE,
+        sampling=SamplingDefaults(num_steps=20, guidance_scale=3.0, shift=3.0),
+        resolutions=NANO_IMAGE_SIZES, num_frames=1, rope_scale=(1.0, 1.0, 1.0), max_text_tokens=512, max_area=64 * 64,
     )  # fmt: skip
 
 
@@ -273,6 +288,8 @@ _ROWS = (
         resolutions=((64, 64),), num_frames=17, rope_scale=(1.0, 1.0, 1.0), max_text_tokens=256, fps=8,
         max_area=64 * 64,
     ),
+    _nano_image("nano-image", NANO_IMAGE, tasks=("t2i",), family="Nano Image"),
+    _nano_image("nano-edit", NANO_EDIT, tasks=("i2i", "t2i"), family="Nano Edit"),
 )  # fmt: skip
 
 VARIANTS: dict[str, Variant] = {row.name: row for row in _ROWS}

@@ -48,7 +48,7 @@ def demo_command(folder: Path) -> dict[str, object]:
 def demo_requests() -> list[Request]:
     """Text to video, image to video and text to image."""
     scene = parse(I2V_PROMPT)
-    first = draw(scene, Trajectory(start=(32.0, 18.0), end=(32.0, 42.0), radius=11.0), 17, 64)[0]
+    first = draw(scene, Trajectory(start=(32.0, 18.0), end=(32.0, 42.0), radius=11.0), 17, (64, 64))[0]
     clips = [Request(prompt=prompt, seed=seed) for seed, prompt in enumerate(PROMPTS, 1)]
     return [
         *clips,

@@ -1,17 +1,18 @@
-"""Drawn clips of the Nano language: one coloured shape that moves over a plain background.
+"""Drawn clips and pictures of the Nano language: one coloured shape that moves over a plain background.
 
 A clip is described by a `Scene` and drawn with anti-aliased edges, so that positions are continuous.
-Frames are (F, H, W, 3) float in [0, 1].
+Frames are (F, H, W, 3) float in [0, 1]; sizes are (height, width) in pixels.
 """
 
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from .edits import Edit, apply, random_edit
 from .language import BACKGROUNDS, COLORS, DIRECTIONS, SHAPES, SIZES, Scene
 
 SUBSAMPLING = 3
@@ -44,22 +45,25 @@ def random_scene(rng: random.Random) -> Scene:
     )
 
 
-def random_trajectory(scene: Scene, rng: random.Random, side: int) -> Trajectory:
-    """Where the shape runs so that it stays inside the frame."""
-    unit = side / 64
+def random_trajectory(scene: Scene, rng: random.Random, size: tuple[int, int]) -> Trajectory:
+    """Where the shape runs so that it stays inside the frame; lengths go by the frame's shorter side."""
+    unit = min(size) / 64
     radius = rng.uniform(*RADIUS[scene.size or rng.choice(SIZES)]) * unit
     margin = radius + 1.0
     travel = rng.uniform(*TRAVEL) * unit
     delta_x = {"left": -travel, "right": travel}.get(scene.direction or "", 0.0)
     delta_y = {"up": -travel, "down": travel}.get(scene.direction or "", 0.0)
     start = tuple(
-        rng.uniform(margin + max(0.0, -delta), side - margin - max(0.0, delta)) for delta in (delta_x, delta_y)
+        rng.uniform(margin + max(0.0, -delta), side - margin - max(0.0, delta))
+        for delta, side in ((delta_x, size[1]), (delta_y, size[0]))
     )
     return Trajectory(start=start, end=(start[0] + delta_x, start[1] + delta_y), radius=radius)  # type: ignore[arg-type]
 
 
-def _coverage(shape: str, x: Tensor, y: Tensor, radius: float) -> Tensor:
+def _coverage(shape: str | None, x: Tensor, y: Tensor, radius: float) -> Tensor:
     """1 inside the shape, for offsets (x, y) from its centre in pixels, y downwards."""
+    if shape is None:
+        return torch.zeros(torch.broadcast_shapes(x.shape, y.shape))
     if shape == "circle":
         return (x * x + y * y <= radius * radius).float()
     if shape == "square":
@@ -74,14 +78,16 @@ def _coverage(shape: str, x: Tensor, y: Tensor, radius: float) -> Tensor:
     raise ValueError(f"unknown shape '{shape}'; known: {', '.join(SHAPES)}")
 
 
-def draw(scene: Scene, trajectory: Trajectory, num_frames: int, side: int) -> Tensor:
-    """The clip, (F, side, side, 3) in [0, 1]."""
-    steps = torch.arange(side * SUBSAMPLING, dtype=torch.float32).add_(0.5).div_(SUBSAMPLING)
+def draw(scene: Scene, trajectory: Trajectory, num_frames: int, size: tuple[int, int]) -> Tensor:
+    """The clip, (F, H, W, 3) in [0, 1]."""
+    rows, columns = (
+        torch.arange(side * SUBSAMPLING, dtype=torch.float32).add_(0.5).div_(SUBSAMPLING) for side in size
+    )
     progress = torch.linspace(0, 1, num_frames) if num_frames > 1 else torch.tensor([0.5])
     centre_x = trajectory.start[0] + progress * (trajectory.end[0] - trajectory.start[0])
     centre_y = trajectory.start[1] + progress * (trajectory.end[1] - trajectory.start[1])
-    x = steps[None, None, :] - centre_x[:, None, None]
-    y = steps[None, :, None] - centre_y[:, None, None]
+    x = columns[None, None, :] - centre_x[:, None, None]
+    y = rows[None, :, None] - centre_y[:, None, None]
     fine = _coverage(scene.shape, x, y, trajectory.radius)
     coverage = torch.nn.functional.avg_pool2d(fine[:, None], SUBSAMPLING)[:, 0, :, :, None]
     color = torch.tensor(COLORS[scene.color]) / 255
@@ -89,7 +95,16 @@ def draw(scene: Scene, trajectory: Trajectory, num_frames: int, side: int) -> Te
     return background + coverage * (color - background)
 
 
-def random_clip(rng: random.Random, num_frames: int, side: int) -> tuple[Scene, Tensor]:
+def random_clip(rng: random.Random, num_frames: int, size: tuple[int, int]) -> tuple[Scene, Tensor]:
     """A random scene and its frames."""
     scene = random_scene(rng)
-    return scene, draw(scene, random_trajectory(scene, rng, side), num_frames, side)
+    return scene, draw(scene, random_trajectory(scene, rng, size), num_frames, size)
+
+
+def random_pair(rng: random.Random, size: tuple[int, int]) -> tuple[Scene, Edit, Tensor, Tensor]:
+    """A random scene standing still, an edit of it, and both pictures (H, W, 3)."""
+    scene = replace(random_scene(rng), direction=None)
+    edit = random_edit(scene, rng)
+    trajectory = random_trajectory(scene, rng, size)
+    before, after = (draw(shown, trajectory, 1, size)[0] for shown in (scene, apply(scene, edit)))
+    return scene, edit, before, after

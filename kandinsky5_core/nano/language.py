@@ -28,10 +28,10 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
-    """What one clip shows. `size` None leaves it open; `direction` None stands still."""
+    """What one clip shows. `size` None leaves it open, `direction` None is at rest, `shape` None is nothing at all."""
 
     color: str
-    shape: str
+    shape: str | None
     background: str
     size: str | None = None
     direction: str | None = None

@@ -76,8 +76,8 @@ def _judge(seen: Sighting, scene: Scene, task: str) -> list[tuple[str, float]]:
 
 
 def _first_frame(scene: Scene, rng: random.Random, models: Models) -> Tensor:
-    side = models.variant.resolutions[0][0]
-    return draw(scene, random_trajectory(scene, rng, side), models.variant.num_frames, side)[0]
+    size = models.variant.resolutions[0]
+    return draw(scene, random_trajectory(scene, rng, size), models.variant.num_frames, size)[0]
 
 
 @torch.no_grad()

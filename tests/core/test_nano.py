@@ -13,7 +13,7 @@ from kandinsky5_core.nano.recognise import recognise
 def test_the_recogniser_names_what_was_drawn_even_with_noise_and_blur() -> None:
     rng, wrong = random.Random(11), []
     for number in range(60):
-        scene, frames = random_clip(rng, 17, 64)
+        scene, frames = random_clip(rng, 17, (64, 64))
         if number % 2:
             blurred = torch.nn.functional.avg_pool2d(frames.permute(0, 3, 1, 2), 3, 1, 1, count_include_pad=False)
             frames = (blurred.permute(0, 2, 3, 1) + 0.03 * torch.randn(frames.shape)).clamp(0, 1)
@@ -30,7 +30,7 @@ def test_the_recogniser_does_not_see_what_is_not_there() -> None:
     assert (seen.color, seen.shape, seen.motion, seen.background) == (None, None, None, "black")
     rng = random.Random(1)
     scene = Scene(color="red", shape="circle", background="gray", size="big", direction="left")
-    clip = draw(scene, random_trajectory(scene, rng, 64), 17, 64)
+    clip = draw(scene, random_trajectory(scene, rng, (64, 64)), 17, (64, 64))
     assert recognise(clip.flip(0)).motion == "right"
     assert recognise(clip.flip(2)).motion == "right"
     assert recognise(clip[torch.randperm(17, generator=torch.Generator().manual_seed(0))]).motion != "left"
@@ -39,8 +39,8 @@ def test_the_recogniser_does_not_see_what_is_not_there() -> None:
 
 def test_the_path_is_the_centre_in_sides() -> None:
     scene = Scene(color="white", shape="square", background="black", size="small", direction="right")
-    trajectory = random_trajectory(scene, random.Random(3), 64)
-    path = recognise(draw(scene, trajectory, 9, 64)).path
+    trajectory = random_trajectory(scene, random.Random(3), (64, 64))
+    path = recognise(draw(scene, trajectory, 9, (64, 64))).path
     for found, expected in ((path[0], trajectory.start), (path[-1], trajectory.end)):
         assert found == pytest.approx([value / 64 for value in expected], abs=0.01)
 

@@ -52,7 +52,7 @@ def test_same_seed_same_clip_and_batches_hold_single_runs(nano: Models) -> None:
 
 def test_image_to_video_keeps_the_first_frame_and_moves_it(nano: Models) -> None:
     prompt = "a big yellow square moves down on a navy background"
-    first = draw(parse(prompt), Trajectory(start=(30.0, 18.0), end=(30.0, 40.0), radius=11.0), 17, 64)[0]
+    first = draw(parse(prompt), Trajectory(start=(30.0, 18.0), end=(30.0, 40.0), radius=11.0), 17, (64, 64))[0]
     frames = generate(nano, Request(prompt=prompt, task="i2v", image=first, seed=2)).frames[0]
     assert -10 * torch.log10((frames[0] - first).square().mean()) > 24
     assert recognise(frames).motion == "down"

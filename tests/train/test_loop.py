@@ -11,7 +11,7 @@ from kandinsky5_core.config import DiTConfig
 from kandinsky5_core.dit.model import DiffusionTransformer, initialise
 from train.config import FitConfig
 from train.loop import Objective, fit
-from train.objectives.flow_matching import Batch, FlowMatching, sample_sigmas
+from train.objectives.flow_matching import Batch, FlowMatching, hold_first, sample_sigmas
 from train.optim import learning_rate
 
 CONFIG = DiTConfig(
@@ -21,13 +21,14 @@ CONFIG = DiTConfig(
 
 
 def batches(step: int, generator: torch.Generator) -> Batch:
+    latents = torch.randn(3, 4, 2, 4, 4, generator=generator)
     return Batch(
-        latents=torch.randn(3, 4, 2, 4, 4, generator=generator),
+        latents=latents,
         text=TextConditioning(
             embeds=torch.randn(3, 5, 8, generator=generator), pooled=torch.randn(3, 6, generator=generator),
             mask=torch.ones(3, 5, dtype=torch.bool),
         ),
-        hold_first=torch.tensor([True, False, False]),
+        image=hold_first(latents, torch.tensor([True, False, False])),
     )  # fmt: skip
 
 
@@ -99,7 +100,7 @@ def test_the_given_frame_is_clean_in_the_input_and_out_of_the_loss() -> None:
     clean = torch.randn(1, 4, 2, 4, 4)
     batch = batches(0, torch.Generator().manual_seed(1))
     text = TextConditioning(embeds=batch.text.embeds[:1], pooled=batch.text.pooled[:1], mask=batch.text.mask[:1])
-    held = Batch(latents=clean, text=text, hold_first=torch.tensor([True]))
+    held = Batch(latents=clean, text=text, image=hold_first(clean, torch.tensor([True])))
     loss = FlowMatching(lambda step, generator: held, (1.0, 1.0, 1.0))(Spy(CONFIG), 0, torch.Generator().manual_seed(3))
     inputs, sigma = seen["inputs"], float(seen["timestep"]) / 1000
     assert torch.equal(inputs[:, :4, 0], clean[:, :, 0])

@@ -23,8 +23,16 @@ class Batch:
     latents: Tensor
     """(B, C, T, H, W), scaled for the DiT."""
     text: TextConditioning
-    hold_first: Tensor
-    """(B,) bool: image to video, the first latent frame stays clean and out of the loss."""
+    image: ImageConditioning | None = None
+    """Latents that are given: `clean` ones stand in the noisy channels wherever the mask is 1 and are out of the loss
+    (image to video), `source` ones stand in the source channels (editing)."""
+
+
+def hold_first(latents: Tensor, chosen: Tensor) -> ImageConditioning:
+    """Image to video for the chosen rows, (B,) bool: the first latent frame is given."""
+    mask = torch.zeros(len(latents), 1, latents.shape[2], 1, 1)
+    mask[:, :, 0] = chosen.view(-1, 1, 1, 1).float()
+    return ImageConditioning(clean=latents, mask=mask)
 
 
 def sample_sigmas(count: int, distribution: str, shift: float, generator: torch.Generator) -> Tensor:
@@ -68,12 +76,17 @@ class FlowMatching:
         noise = torch.randn(clean.shape, generator=generator)
         level = sigmas.view(-1, 1, 1, 1, 1)
         noisy = (1 - level) * clean + level * noise
-        mask = torch.zeros(len(clean), 1, clean.shape[2], 1, 1)
-        mask[:, :, 0] = batch.hold_first.view(-1, 1, 1, 1).float()
-        inputs = model_input(noisy, ImageConditioning(clean=clean, mask=mask), model.config)
+        inputs = model_input(noisy, batch.image, model.config)
         grid = LatentShape(*clean.shape).token_grid(model.config.patch_size)
         plan = plan_visual(model.config, grid, self.rope_scale, self.nabla)
         velocity = model(inputs, 1000 * sigmas, batch.text.trimmed(), plan).float()
-        error = (velocity - (noise - clean)).square().mean(dim=(1, 3, 4))
-        counted = 1 - mask[:, 0, :, 0, 0]
+        error = (velocity - (noise - clean)).square().mean(dim=1, keepdim=True)
+        counted = _not_given(batch.image, error)
         return {"loss": (error * counted).sum() / counted.sum().clamp_min(1)}
+
+
+def _not_given(image: ImageConditioning | None, error: Tensor) -> Tensor:
+    """1 where the model has to predict, like `error` (B, 1, T, H, W)."""
+    if image is None or image.clean is None:
+        return torch.ones_like(error)
+    return (1 - image.mask).expand_as(error)

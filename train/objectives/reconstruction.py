@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from kandinsky5_core.vae.flux import FluxVAE
 from kandinsky5_core.vae.hunyuan.model import HunyuanVAE
 
 from ..recipes.nano_latents import LinearCode
@@ -35,10 +36,9 @@ class CodeReconstruction:
         self.clips, self.code = clips, code
         self.batch_size, self.num_frames, self.crop = batch_size, num_frames, crop
         self.joint_weight, self.noise = joint_weight, noise
-        scale = torch.linalg.pinv(code.rest_basis).square().sum(1)
-        self.channel_weights = (scale / scale.mean()).view(1, -1, 1, 1, 1)
+        self.channel_weights = code.error_weights.view(1, -1, 1, 1, 1)
 
-    def __call__(self, model: HunyuanVAE, step: int, generator: torch.Generator) -> dict[str, Tensor]:  # noqa: ARG002
+    def __call__(self, model: HunyuanVAE | FluxVAE, step: int, generator: torch.Generator) -> dict[str, Tensor]:  # noqa: ARG002
         """Losses of one batch: 'code' for the encoder, 'pixels' for the decoder, 'joint' for both."""
         frames = self._batch(generator)
         target = self.code.encode(frames)
