@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .loading import load
-    from .pipeline import Models, Request, Result, generate
+    from .pipeline import Models, Result, generate
+    from .request import Request
 
 __version__ = "0.1.0"
 __all__ = ["Models", "Request", "Result", "generate", "load"]
@@ -22,7 +23,11 @@ def __getattr__(name: str) -> object:
         from .loading import load
 
         return load
-    if name in ("Models", "Request", "Result", "generate"):
+    if name == "Request":
+        from .request import Request
+
+        return Request
+    if name in ("Models", "Result", "generate"):
         from . import pipeline
 
         return getattr(pipeline, name)

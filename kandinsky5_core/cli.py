@@ -72,10 +72,10 @@ def _add_models(parser: argparse.ArgumentParser) -> None:
 def _add_generate(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("generate", help="make a video or an image from a prompt")
     _add_models(parser)
-    parser.add_argument("--task", default="t2v", help="t2v, i2v, t2i or i2i (default t2v)")
+    parser.add_argument("--task", help="t2v, i2v, t2i or i2i (default: the model's first)")
     parser.add_argument("--prompt", required=True)
     parser.add_argument("--negative", help="what should not be seen; default the variant's")
-    parser.add_argument("--image", type=Path, help="first frame, for i2v")
+    _add_given(parser)
     parser.add_argument("--width", type=int)
     parser.add_argument("--height", type=int)
     parser.add_argument("--frames", type=int, help="4k+1")
@@ -84,12 +84,32 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--shift", type=float, help="warp of the sigma schedule")
     parser.add_argument("--sampler", default="euler", help="euler, heun or ab2 (default euler)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--batch", type=int, default=1, help="results, with consecutive seeds and numbered files")
     parser.add_argument("--attention", default="auto", help="auto, dense or nabla (default auto: as trained)")
     parser.add_argument("--enhance", action="store_true", help="let the text encoder write out the prompt first")
     parser.add_argument("--vae-budget", type=float, default=4.0, help="GiB that one VAE tile may take (default 4)")
     parser.add_argument("--out", type=Path, required=True, help=".mp4, .webm, .gif or .png")
     parser.add_argument("--json", action="store_true", help="print one JSON object about the result")
     parser.set_defaults(run=_generate)
+
+
+def _add_given(parser: argparse.ArgumentParser) -> None:
+    given = parser.add_argument_group("pictures and clips to work with")
+    given.add_argument("--image", type=Path, help="i2v: first frame; i2i: picture to edit; t2i: picture to start from")
+    given.add_argument("--video", type=Path, help="t2v: clip to start from, with --denoise, --mask or --outpaint")
+    given.add_argument("--mask", type=Path, help="picture or clip of the same size: black stays, white is made anew")
+    given.add_argument("--mask-grow", type=int, default=0, metavar="PIXELS", help="negative shrinks it")
+    given.add_argument("--mask-feather", type=int, default=0, metavar="PIXELS", help="blend over the mask's edge")
+    given.add_argument("--outpaint", metavar="L,T,R,B", help="pixels to add left, top, right and bottom")
+    given.add_argument("--denoise", type=float, default=1.0, help="0.4 keeps much of what is given, 1 nothing")
+    given.add_argument("--fit", choices=("cover", "keep"), help="scale and crop the picture, or keep all of it")
+    given.add_argument("--keyframe", action="append", default=[], metavar="FRAME=FILE",
+                       help="picture at a frame, a number or `last`; may be given again")  # fmt: skip
+    given.add_argument("--loop", action="store_true", help="end where the clip began")
+    given.add_argument("--extend", type=Path, metavar="FILE", help="clip that goes on; the result begins with it")
+    given.add_argument("--overlap", type=int, default=5, help="its last frames that the model sees, 4k+1 (default 5)")
+    given.add_argument("--chunks", type=int, default=1, help="how often it goes on (default 1)")
+    given.add_argument("--edit-template", default="snapshot", help="i2i: snapshot (default), one-line or diffusers")
 
 
 def _add_demo(commands: argparse._SubParsersAction) -> None:

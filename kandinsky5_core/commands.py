@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -15,9 +15,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .loading import DTYPES, check_device, find_files, load_files
-from .media import check_output, read_image, write_image, write_video
+from .media import check_output, read_image, read_video, write_image, write_video
 from .memory.peak import peak_memory_bytes
-from .pipeline import Request, Result, fitting_variant, generate, resolve
+from .pipeline import Result, fitting_variant, generate
+from .request import NO_OUTPAINT, Request, resolve
 from .sampling.samplers import OnStep
 from .text.encoder import TextEncoder
 from .text.enhancer import enhance
@@ -32,11 +33,13 @@ def generate_command(args: argparse.Namespace) -> dict[str, object]:
         args.model, text_encoder=args.text_encoder, clip=args.clip, vae=args.vae, tokenizers=args.tokenizers,
         variant_name=args.variant,
     )  # fmt: skip
-    request = _request(args)
+    request = request_of(args, files.variant.tasks[0])
     if not files.variant_named:
         files = replace(files, variant=fitting_variant(request, files.variant))
     request = resolve(request, files.variant)
-    check_output(args.out, request.num_frames, height=request.height, width=request.width)
+    paths = output_paths(args.out, request.batch)
+    for path in paths:
+        check_output(path, request.num_frames, height=request.height, width=request.width)
     began = time.perf_counter()
     models = load_files(files, device=args.device, dtype=args.dtype, lm_head=args.enhance)
     load_seconds = round(time.perf_counter() - began, 3)
@@ -44,9 +47,10 @@ def generate_command(args: argparse.Namespace) -> dict[str, object]:
         request = enhanced(models.text_encoder, request)
     with step_bar() as on_step:
         result = generate(models, request, on_step)
-    write_result(args.out, result, models.model_hash)
+    for row, path in enumerate(paths):
+        write_result(path, result, models.model_hash, row)
     return {
-        "out": str(args.out),
+        "out": str(args.out) if len(paths) == 1 else [str(path) for path in paths],
         "seed": request.seed,
         "seconds": {"load": load_seconds, **result.seconds},
         "peak_memory_bytes": peak_memory_bytes(models.device),
@@ -55,14 +59,32 @@ def generate_command(args: argparse.Namespace) -> dict[str, object]:
     }
 
 
-def _request(args: argparse.Namespace) -> Request:
+def request_of(args: argparse.Namespace, task: str) -> Request:
+    """The request that the options of `generate` make; files are read, nothing is loaded.
+
+    Args:
+        task: Where none was given.
+    """
     if not args.vae_budget > 0:
         raise ValueError(f"--vae-budget must be above 0 GiB, got {args.vae_budget}")
     return Request(
         prompt=args.prompt,
-        task=args.task,
+        task=args.task or task,
         negative_prompt=args.negative,
         image=None if args.image is None else read_image(args.image),
+        video=None if args.video is None else read_clip(args.video),
+        mask=None if args.mask is None else read_mask(args.mask),
+        mask_grow=args.mask_grow,
+        mask_feather=args.mask_feather,
+        outpaint=NO_OUTPAINT if args.outpaint is None else parse_outpaint(args.outpaint),
+        denoise=args.denoise,
+        fit=args.fit,
+        keyframes=read_keyframes(args.keyframe),
+        loop=args.loop,
+        extend=None if args.extend is None else read_clip(args.extend),
+        overlap=args.overlap,
+        chunks=args.chunks,
+        edit_template=args.edit_template,
         width=args.width,
         height=args.height,
         num_frames=args.frames,
@@ -71,9 +93,51 @@ def _request(args: argparse.Namespace) -> Request:
         shift=args.shift,
         sampler=args.sampler,
         seed=args.seed,
+        batch=args.batch,
         attention=args.attention,
         vae_budget_bytes=int(args.vae_budget * 2**30),
     )
+
+
+def output_paths(path: Path, count: int) -> list[Path]:
+    """`path`, or for several results `path-1`, `path-2` and so on."""
+    if count == 1:
+        return [path]
+    return [path.with_name(f"{path.stem}-{number}{path.suffix}") for number in range(1, count + 1)]
+
+
+def read_clip(path: Path) -> Tensor:
+    """A video file as (F, H, W, 3) fp32 in [0, 1]."""
+    return read_video(path)[0].float() / 255
+
+
+def read_mask(path: Path) -> Tensor:
+    """A mask from a picture (H, W) or a clip (F, H, W), by its brightness; fp32 in [0, 1]."""
+    pixels = read_clip(path) if path.suffix.lower() in (".mp4", ".webm", ".gif", ".mov", ".mkv") else read_image(path)
+    return pixels.mean(dim=-1)
+
+
+def read_keyframes(given: Sequence[str]) -> dict[int, Tensor]:
+    """`FRAME=FILE` options as pictures by frame."""
+    keyframes: dict[int, Tensor] = {}
+    for option in given:
+        name, equals, path = option.partition("=")
+        name = "-1" if name == "last" else name
+        if not equals or not name.removeprefix("-").isdigit():
+            raise ValueError(f"--keyframe '{option}' is not FRAME=FILE, such as 0=first.png or last=end.png")
+        if int(name) in keyframes:
+            raise ValueError(f"--keyframe {option.partition('=')[0]} was given twice")
+        keyframes[int(name)] = read_image(path)
+    return keyframes
+
+
+def parse_outpaint(text: str) -> tuple[int, int, int, int]:
+    """`L,T,R,B` as four pixel counts."""
+    parts = text.split(",")
+    if len(parts) != 4 or not all(part.strip().isdigit() for part in parts):
+        raise ValueError(f"--outpaint '{text}' is not four pixel counts L,T,R,B, such as 0,0,256,0")
+    left, top, right, bottom = map(int, parts)
+    return left, top, right, bottom
 
 
 def enhanced(encoder: TextEncoder, request: Request) -> Request:
@@ -97,10 +161,11 @@ def step_bar() -> Iterator[OnStep]:
         bar.close()
 
 
-def write_result(path: Path, result: Result, model_hash: str) -> None:
-    """One clip to a file by its suffix, with the request, the seed and the model's hash in its metadata."""
-    metadata = {"kandinsky5": json.dumps({**result.settings, "model_hash": model_hash})}
-    frames = result.frames[0]
+def write_result(path: Path, result: Result, model_hash: str, row: int = 0) -> None:
+    """One result to a file by its suffix, with the request, its seed and the model's hash in its metadata."""
+    own = {**result.settings, "seed": result.settings["seed"] + row, "batch": 1, "model_hash": model_hash}
+    metadata = {"kandinsky5": json.dumps(own)}
+    frames = result.frames[row]
     if path.suffix.lower() == ".png":
         write_image(path, frames[0], metadata)
     else:

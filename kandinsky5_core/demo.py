@@ -13,7 +13,8 @@ from .media import check_output, write_image
 from .nano.drawing import Trajectory, draw
 from .nano.language import parse
 from .nano.recognise import Sighting, recognise
-from .pipeline import Models, Request, Result, generate
+from .pipeline import Models, Result, generate
+from .request import Request
 
 PROMPTS = (
     "a big red circle moves left on a black background",

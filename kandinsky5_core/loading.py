@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from .config import VARIANTS, Variant, variant
+from .config import Variant, variant
 from .pipeline import Models
 from .text.encoder import load_text_encoder
 from .weights.detect import inspect_file
@@ -18,6 +18,8 @@ from .weights.load import load_dit, load_vae
 log = logging.getLogger(__name__)
 
 NANO_FOLDER = Path(__file__).parent / "nano"
+_EMBEDDED = {"nano-video": ("video", "video"), "nano-image": ("image", "image"), "nano-edit": ("edit", "image")}
+"""Folders below `NANO_FOLDER`: of the DiT, and of the text encoders and the VAE."""
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -51,12 +53,8 @@ def find_files(
     Raises:
         ValueError: a part is missing or is something else; says which option to give.
     """
-    folder = _embedded(str(model))
-    if folder is not None:
-        return ModelFiles(
-            variant=variant(str(model)), dit=folder / "dit.safetensors", text_encoder=folder / "qwen",
-            clip=folder / "clip", vae=folder / "vae.safetensors",
-        )  # fmt: skip
+    if str(model) in _EMBEDDED:
+        return _embedded_files(str(model))
     path = Path(model)
     if not path.exists():
         raise ValueError(f"--model '{model}' is neither a file or folder nor an embedded model ({_names()})")
@@ -163,14 +161,16 @@ def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torc
     return DTYPES[dtype]
 
 
-def _embedded(name: str) -> Path | None:
-    if name not in VARIANTS or not VARIANTS[name].family.startswith("Nano"):
-        return None
-    return NANO_FOLDER / name.removeprefix("nano-")
+def _embedded_files(name: str) -> ModelFiles:
+    own, shared = (NANO_FOLDER / folder for folder in _EMBEDDED[name])
+    return ModelFiles(
+        variant=variant(name), dit=own / "dit.safetensors", text_encoder=shared / "qwen", clip=shared / "clip",
+        vae=shared / "vae.safetensors",
+    )  # fmt: skip
 
 
 def _names() -> str:
-    return ", ".join(name for name in VARIANTS if name.startswith("nano-"))
+    return ", ".join(_EMBEDDED)
 
 
 def _is_embedded(files: ModelFiles) -> bool:

@@ -11,8 +11,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..conditioning import ImageConditioning
+from ..inputs import Inputs, frame_conditioning
 from ..loading import load
-from ..pipeline import Models, Request, decode_frames, first_frame_conditioning, resolve, sample_latents
+from ..pipeline import Models, decode_frames, sample_latents
+from ..request import Request, resolve
 from ..shapes import VideoShape
 from .drawing import draw, random_scene, random_trajectory
 from .language import Scene, varied_caption
@@ -93,13 +95,14 @@ def generate_rows(
     negative = encode([request.negative_prompt], task=task, max_tokens=tokens).repeat(len(prompts))
     shape = VideoShape(len(prompts), request.num_frames, request.height, request.width)
     latent_shape = shape.latent_shape(models.variant.vae)
-    image = None
+    inputs = Inputs()
     if images is not None:
         rows = [
-            first_frame_conditioning(models, replace(request, image=i), latent_shape._replace(batch=1)) for i in images
+            frame_conditioning(models, replace(request, image=i), latent_shape._replace(batch=1)) for i in images
         ]
         image = ImageConditioning(
             clean=torch.cat([row.clean for row in rows]), mask=torch.cat([row.mask for row in rows])
         )
-    latents = sample_latents(models, request, latent_shape, positive, negative, image)
+        inputs = Inputs(image=image)
+    latents = sample_latents(models, request, latent_shape, positive, negative, inputs)
     return torch.cat([decode_frames(models, row[None], request.vae_budget_bytes) for row in latents])

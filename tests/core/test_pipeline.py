@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from kandinsky5_core import Models, Request, generate, load
+from kandinsky5_core.canvas import cover
 from kandinsky5_core.cli import main
 from kandinsky5_core.config import VARIANTS, variant
 from kandinsky5_core.media import read_metadata, read_video, write_image
@@ -17,7 +18,7 @@ from kandinsky5_core.nano.drawing import Trajectory, draw
 from kandinsky5_core.nano.language import parse
 from kandinsky5_core.nano.recognise import recognise
 from kandinsky5_core.nano.score import generate_rows, score_nano
-from kandinsky5_core.pipeline import fit_image, resolve
+from kandinsky5_core.request import resolve
 
 PROMPT = "a big red circle moves left on a black background"
 
@@ -141,7 +142,7 @@ def test_score_counts_right_clips(nano: Models) -> None:
         ({"prompt": "  "}, "prompt is empty"),
         ({"seed": -1}, "seed -1"),
         ({"image": torch.zeros(8, 8, 3)}, "t2v takes no image"),
-        ({"task": "t2i", "image": torch.zeros(8, 8, 3)}, "t2i takes no image"),
+        ({"task": "t2i", "image": torch.zeros(8, 8, 3)}, "t2i starts from a picture .* only in part"),
     ],
 )
 def test_bad_requests_name_the_input_and_the_fix(change: dict, message: str) -> None:
@@ -160,8 +161,8 @@ def test_defaults_come_from_the_variant() -> None:
 def test_images_are_covered_and_cropped() -> None:
     image = torch.zeros(40, 100, 3)
     image[:, 30:70] = 1
-    assert torch.equal(fit_image(image, 40, 40), torch.ones(40, 40, 3))
-    assert fit_image(torch.rand(7, 5, 3), 64, 96).shape == (64, 96, 3)
+    assert torch.equal(cover((40, 100), (40, 40)).to_work(image[None]), torch.ones(1, 40, 40, 3))
+    assert cover((7, 5), (64, 96)).to_work(torch.rand(1, 7, 5, 3)).shape == (1, 64, 96, 3)
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".webm", ".gif"])
