@@ -138,9 +138,10 @@ def _add_convert(commands: argparse._SubParsersAction) -> None:
 
 def _add_score(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("score-nano", help="score the embedded models on random prompts of their language")
-    parser.add_argument("--n", type=int, default=100, help="clips (default 100)")
+    parser.add_argument("--n", type=int, default=100, help="cases (default 100)")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--task", default="t2v", choices=("t2v", "i2v", "t2i"))
+    parser.add_argument("--task", default="t2v", help="t2v, i2v, keyframes, extend, loop, t2i, i2i or inpaint")
+    parser.add_argument("--model", help="embedded model or DiT file; default the one made for the task")
     parser.add_argument("--json", action="store_true")
     parser.set_defaults(run=_score)
 
@@ -171,9 +172,11 @@ def _convert(args: argparse.Namespace) -> None:
 
 
 def _score(args: argparse.Namespace) -> None:
+    from .loading import load
     from .nano.score import score_nano
 
-    _say(args, score_nano(count=args.n, seed=args.seed, task=args.task))
+    models = load(args.model) if args.model else None
+    _say(args, score_nano(count=args.n, seed=args.seed, task=args.task, models=models))
 
 
 def _say(args: argparse.Namespace, values: dict[str, object]) -> None:

@@ -1,6 +1,6 @@
-"""Says what a clip of the Nano language shows, by plain image processing; no network is involved.
+"""Says what a clip or picture of the Nano language shows, by plain image processing; no network is involved.
 
-Frames are (F, H, W, 3) in [0, 1]. Lengths are fractions of the frame's side, so any size can be judged.
+Frames are (F, H, W, 3) in [0, 1]. Lengths are fractions of the frame's shorter side, so any size can be judged.
 """
 
 from __future__ import annotations
@@ -39,6 +39,13 @@ class Sighting:
     background: str | None
     path: tuple[tuple[float, float], ...] = ()
     """Centre (x, y) of each frame, in sides."""
+    extent: float | None = None
+    """Square root of the shape's area, in sides."""
+
+    @property
+    def is_empty(self) -> bool:
+        """Nothing on the background."""
+        return self.shape is None and self.color is None and self.background is not None
 
 
 def recognise(frames: Tensor) -> Sighting:
@@ -61,6 +68,7 @@ def recognise(frames: Tensor) -> Sighting:
         motion=_motion(path),
         background=background_name,
         path=tuple((float(x), float(y)) for x, y in path),
+        extent=float((coverage > 0.5).float().sum(dim=(1, 2)).median().sqrt()) / min(frames.shape[1:3]),
     )
 
 
@@ -87,9 +95,9 @@ def _centres(coverage: Tensor) -> Tensor:
     weights = torch.where(coverage > 0.25, coverage, torch.zeros(()))
     height, width = coverage.shape[1:]
     total = weights.sum(dim=(1, 2)).clamp_min(1e-6)
-    x = (weights.sum(dim=1) * (torch.arange(width) + 0.5)).sum(dim=1) / total / width
-    y = (weights.sum(dim=2) * (torch.arange(height) + 0.5)).sum(dim=1) / total / height
-    return torch.stack([x, y], dim=1)
+    x = (weights.sum(dim=1) * (torch.arange(width) + 0.5)).sum(dim=1) / total
+    y = (weights.sum(dim=2) * (torch.arange(height) + 0.5)).sum(dim=1) / total
+    return torch.stack([x, y], dim=1) / min(height, width)
 
 
 def _motion(path: Tensor) -> str | None:

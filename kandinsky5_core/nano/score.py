@@ -1,24 +1,25 @@
-"""How well the embedded models do what they are told: random prompts, judged by the recogniser."""
+"""How well the embedded models do what they are told: random tasks, judged by the recogniser."""
 
 from __future__ import annotations
 
 import random
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
+from itertools import groupby
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..conditioning import ImageConditioning
-from ..inputs import Inputs, frame_conditioning
+from ..conditioning import ImageConditioning, joined
+from ..inputs import Inputs, encode_inputs
 from ..loading import load
-from ..pipeline import Models, decode_frames, sample_latents
+from ..pipeline import Models, decode_frames, encode_prompts, generate, sample_latents
 from ..request import Request, resolve
-from ..shapes import VideoShape
-from .drawing import draw, random_scene, random_trajectory
-from .language import Scene, varied_caption
-from .recognise import Sighting, recognise
+from ..sampling.partial import PartialNoise
+from ..shapes import LatentShape, VideoShape
+from .cases import CASES, Case
 
 BATCH = 10
 
@@ -26,83 +27,93 @@ BATCH = 10
 def score_nano(
     *, count: int = 100, seed: int = 1, task: str = "t2v", models: Models | None = None
 ) -> dict[str, object]:
-    """Share of clips that show what the prompt says, by attribute, and of those right in all.
+    """Mean marks over random cases of a task, by name.
 
     Args:
-        count: Clips to make.
-        seed: Of the prompts, the given first frames and the noise.
-        task: 't2v', 'i2v' (first frames are drawn) or 't2i'.
-        models: Default the embedded ones.
+        count: Cases.
+        seed: Of the cases and of the noise.
+        task: A key of `CASES`.
+        models: Default the embedded ones that are made for the task.
 
     Raises:
-        ValueError: count below 1.
+        ValueError: count below 1 or an unknown task.
     """
     if count < 1:
         raise ValueError(f"--n must be at least 1, got {count}")
-    models = models or load("nano-video")
+    if task not in CASES:
+        raise ValueError(f"unknown task '{task}'; use one of {', '.join(CASES)}")
+    name, make_case = CASES[task]
+    models = models or load(name)
     rng = random.Random(f"score-{seed}-{task}")
-    hits: dict[str, list[float]] = {}
-    bar = tqdm(total=count, desc=f"score {task}", unit="clip", file=sys.stderr)
-    for start in range(0, count, BATCH):
-        for name, value in _score_batch(models, rng, min(BATCH, count - start), seed * 100_003 + start, task):
-            hits.setdefault(name, []).append(value)
-        bar.update(min(BATCH, count - start))
-    bar.close()
-    means = {name: round(sum(values) / len(values), 4) for name, values in hits.items()}
-    return {"task": task, "n": count, "seed": seed, "model_hash": models.model_hash, **means}
+    cases = [make_case(rng, models.variant) for _ in range(count)]
+    cases.sort(key=_size)
+    marks: dict[str, list[float]] = {}
+    with tqdm(total=count, desc=f"score {task}", unit="case", file=sys.stderr) as bar:
+        for number, batch in enumerate(_batches(cases)):
+            for case, frames in zip(batch, answers(models, batch, seed * 100_003 + number * BATCH), strict=True):
+                for key, value in case.judge(frames).items():
+                    marks.setdefault(key, []).append(value)
+            bar.update(len(batch))
+    means = {key: round(sum(values) / len(values), 4) for key, values in marks.items()}
+    return {"task": task, "n": count, "seed": seed, "model": models.variant.name,
+            "model_hash": models.model_hash, **means}  # fmt: skip
 
 
-def _score_batch(models: Models, rng: random.Random, count: int, noise_seed: int, task: str) -> list[tuple[str, float]]:
-    scenes = [random_scene(rng) for _ in range(count)]
-    prompts = [varied_caption(scene, rng, moving=task != "t2i") for scene in scenes]
-    images = [_first_frame(scene, rng, models) for scene in scenes] if task == "i2v" else None
-    frames = generate_rows(models, prompts, task, noise_seed, images)
-    results = []
-    for row, scene in enumerate(scenes):
-        results += _judge(recognise(frames[row]), scene, task)
-        if images is not None:
-            error = (frames[row, 0] - images[row]).square().mean()
-            results.append(("first_frame_psnr", float(-10 * torch.log10(error.clamp_min(1e-10)))))
-    return results
+def _size(case: Case) -> tuple[int, int]:
+    return case.request.height or 0, case.request.width or 0
 
 
-def _judge(seen: Sighting, scene: Scene, task: str) -> list[tuple[str, float]]:
-    right = {
-        "color": seen.color == scene.color,
-        "background": seen.background == scene.background,
-        "shape": seen.shape == scene.shape,
-    }
-    if task != "t2i":
-        right["motion"] = seen.motion == (scene.direction or "still")
-    return [(name, float(value)) for name, value in right.items()] + [("all", float(all(right.values())))]
+def _batches(cases: list[Case]) -> list[list[Case]]:
+    """Cases of one size each, at most `BATCH`."""
+    groups = [list(group) for _, group in groupby(cases, key=_size)]
+    return [group[start : start + BATCH] for group in groups for start in range(0, len(group), BATCH)]
 
 
-def _first_frame(scene: Scene, rng: random.Random, models: Models) -> Tensor:
-    size = models.variant.resolutions[0]
-    return draw(scene, random_trajectory(scene, rng, size), models.variant.num_frames, size)[0]
+def answers(models: Models, cases: Sequence[Case], seed: int) -> list[Tensor]:
+    """Frames (F, H, W, 3) for every case; row i has the noise of seed+i."""
+    requests = [replace(case.request, seed=seed + row) for row, case in enumerate(cases)]
+    if any(request.loop or request.extend is not None for request in requests):
+        return [generate(models, request).frames[0] for request in requests]
+    return generate_rows(models, requests)
 
 
 @torch.no_grad()
-def generate_rows(
-    models: Models, prompts: list[str], task: str, seed: int, images: list[Tensor] | None = None
-) -> Tensor:
-    """Frames (B, F, H, W, 3) of different prompts in one batch; row i has the noise of seed+i."""
-    request = Request(prompt=prompts[0], task=task, seed=seed, batch=len(prompts), image=images[0] if images else None)
-    request = resolve(request, models.variant)
-    encode = models.text_encoder.encode
-    tokens = models.variant.max_text_tokens
-    positive = encode(prompts, task=task, max_tokens=tokens)
-    negative = encode([request.negative_prompt], task=task, max_tokens=tokens).repeat(len(prompts))
-    shape = VideoShape(len(prompts), request.num_frames, request.height, request.width)
+def generate_rows(models: Models, requests: Sequence[Request]) -> list[Tensor]:
+    """Frames of different prompts and pictures in one batch; sizes and settings are the first request's."""
+    requests = [resolve(request, models.variant) for request in requests]
+    first = replace(requests[0], batch=len(requests))
+    shape = VideoShape(1, first.num_frames, first.height, first.width)
     latent_shape = shape.latent_shape(models.variant.vae)
-    inputs = Inputs()
-    if images is not None:
-        rows = [
-            frame_conditioning(models, replace(request, image=i), latent_shape._replace(batch=1)) for i in images
-        ]
+    texts = [encode_prompts(models, request) for request in requests]
+    positive = joined([text[0].trimmed() for text in texts])
+    negative = None if texts[0][1] is None else joined([text[1].trimmed() for text in texts])
+    inputs = [encode_inputs(models, request, latent_shape) for request in requests]
+    latents = sample_latents(models, first, _with_batch(latent_shape, first.batch), positive, negative, stacked(inputs))
+    frames = [decode_frames(models, row[None], first.vae_budget_bytes) for row in latents]
+    return [given.finish(made)[0] for given, made in zip(inputs, frames, strict=True)]
+
+
+def _with_batch(shape: LatentShape, batch: int) -> LatentShape:
+    return shape._replace(batch=batch)
+
+
+def stacked(rows: Sequence[Inputs]) -> Inputs:
+    """What the DiT and the sampler are given for each row, as one batch."""
+    images = [row.image for row in rows if row.image is not None]
+    partials = [row.partial for row in rows if row.partial is not None]
+    image = partial = None
+    if images:
         image = ImageConditioning(
-            clean=torch.cat([row.clean for row in rows]), mask=torch.cat([row.mask for row in rows])
+            clean=_cat([image.clean for image in images]), source=_cat([image.source for image in images]),
+            mask=_cat([image.mask for image in images]),
+        )  # fmt: skip
+    if partials:
+        partial = PartialNoise(
+            clean=_cat([partial.clean for partial in partials]),
+            strength=_cat([partial.strength for partial in partials]),
         )
-        inputs = Inputs(image=image)
-    latents = sample_latents(models, request, latent_shape, positive, negative, inputs)
-    return torch.cat([decode_frames(models, row[None], request.vae_budget_bytes) for row in latents])
+    return Inputs(image=image, partial=partial)
+
+
+def _cat(rows: Sequence[Tensor | None]) -> Tensor | None:
+    return None if rows[0] is None else torch.cat(list(rows))

@@ -121,8 +121,10 @@ def test_score_counts_right_clips(nano: Models) -> None:
     assert score["n"] == 6
     assert score["background"] >= 0.8
     assert score["color"] >= 0.6
-    rows = generate_rows(nano, ["a red circle stays still on a gray background"] * 2, "t2i", seed=1)
-    assert rows.shape == (2, 1, 64, 64, 3)
+    request = Request(prompt="a red circle on a gray background", task="t2i", seed=4)
+    rows = generate_rows(nano, [request, replace(request, seed=5)])
+    assert [tuple(row.shape) for row in rows] == [(1, 64, 64, 3)] * 2
+    torch.testing.assert_close(torch.stack(rows), generate(nano, replace(request, batch=2)).frames, atol=2e-3, rtol=0)
 
 
 @pytest.mark.parametrize(
