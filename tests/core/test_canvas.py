@@ -1,0 +1,76 @@
+"""Where a picture lies on the model's frame."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kandinsky5_core.canvas import check_ratio, check_side, cover, extend_edges, keep, kept_size
+
+SIDES = st.integers(1, 300)
+
+
+@given(SIDES, SIDES, st.integers(1, 12), st.integers(1, 12))
+def test_every_picture_fits_and_comes_back_at_its_size(height, width, rows, columns):
+    frames = torch.rand(1, height, width, 3)
+    work = (16 * rows, 16 * columns)
+    for place in (cover, keep):
+        canvas = place((height, width), work)
+        assert canvas.to_work(frames).shape == (1, *work, 3)
+    kept = keep((height, width), work)
+    assert kept.from_work(kept.to_work(frames)).shape == frames.shape
+
+
+@given(SIDES, SIDES)
+def test_a_kept_picture_is_only_padded_on_a_frame_of_its_size_rounded_up(height, width):
+    frames = torch.rand(1, height, width, 3)
+    canvas = keep((height, width), (-(-height // 16) * 16, -(-width // 16) * 16))
+    work = canvas.to_work(frames)
+    assert torch.equal(work[:, :height, :width], frames)
+    assert torch.equal(canvas.from_work(work), frames)
+
+
+def test_cover_keeps_the_aspect_and_takes_the_centre():
+    frames = torch.zeros(1, 40, 100, 3)
+    frames[:, :, 30:70] = 1
+    canvas = cover((40, 100), (40, 40))
+    assert torch.equal(canvas.to_work(frames), torch.ones(1, 40, 40, 3))
+    result = torch.rand(1, 40, 40, 3)
+    assert torch.equal(canvas.from_work(result), result)
+
+
+def test_a_kept_picture_is_not_distorted():
+    canvas = keep((100, 300), (512, 512))
+    assert canvas.resized == (171, 512)
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        ((1024, 1024), (1024, 1024)),
+        ((1000, 1100), (1008, 1104)),
+        ((3000, 4000), (896, 1184)),
+        ((1, 1), (1024, 1024)),
+        ((512, 512), (1024, 1024)),
+        ((800, 800), (800, 800)),
+    ],
+)
+def test_size_of_a_kept_picture_at_the_released_sizes(size, expected):
+    assert kept_size(*size, max_area=1024 * 1024, largest_area=1024 * 1024, multiple=16) == expected
+
+
+def test_limits_name_the_size_and_the_fix():
+    check_ratio(100, 400)
+    with pytest.raises(ValueError, match=r"401x100 is longer than 4:1.*crop it"):
+        check_ratio(100, 401)
+    check_side(2048, 2048)
+    with pytest.raises(ValueError, match="width 2064 is beyond"):
+        check_side(64, 2064)
+
+
+def test_edges_are_repeated():
+    frames = torch.arange(6.0).reshape(1, 2, 3, 1)
+    wide = extend_edges(frames, (1, 0, 2, 3))
+    assert wide.shape == (1, 5, 6, 1)
+    assert torch.equal(wide[0, 0, :, 0], torch.tensor([0.0, 0, 1, 2, 2, 2]))
+    assert torch.equal(wide[0, 2:, 1:4, 0], frames[0, 1:, :, 0].expand(3, 3))
