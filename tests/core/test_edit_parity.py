@@ -97,8 +97,8 @@ def test_edits_equal_the_reference(guidance, monkeypatch):
     our_vae = FluxVAE(NANO_IMAGE_VAE).eval()
     our_vae.load_state_dict(vae.state_dict())
     models = Models(
-        variant=replace(variant("nano-edit"), dit=CONFIG), dit=dit, text_encoder=None, vae=our_vae, device=torch.device("cpu"),
-        dtype=torch.float32,
+        variant=replace(variant("nano-edit"), dit=CONFIG), dit=dit, text_encoder=None, vae=our_vae,
+        device=torch.device("cpu"), dtype=torch.float32,
     )  # fmt: skip
     request = resolve(
         Request(prompt="x", task="i2i", image=picture, height=96, width=64, num_steps=STEPS, shift=SHIFT,
