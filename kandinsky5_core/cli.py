@@ -141,7 +141,8 @@ def _add_score(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--n", type=int, default=100, help="cases (default 100)")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--task", default="t2v", help="t2v, i2v, keyframes, extend, loop, t2i, i2i or inpaint")
-    parser.add_argument("--model", help="embedded model or DiT file; default the one made for the task")
+    parser.add_argument("--model", choices=[name for name in VARIANTS if name.startswith("nano-")], metavar="NAME",
+                        help="nano-video, nano-image or nano-edit; default the one made for the task")  # fmt: skip
     parser.add_argument("--json", action="store_true")
     parser.set_defaults(run=_score)
 
@@ -172,11 +173,9 @@ def _convert(args: argparse.Namespace) -> None:
 
 
 def _score(args: argparse.Namespace) -> None:
-    from .loading import load
     from .nano.score import score_nano
 
-    models = load(args.model) if args.model else None
-    _say(args, score_nano(count=args.n, seed=args.seed, task=args.task, models=models))
+    _say(args, score_nano(count=args.n, seed=args.seed, task=args.task, models=args.model))
 
 
 def _say(args: argparse.Namespace, values: dict[str, object]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -12,17 +11,15 @@ from torch import Tensor
 
 from ..config import Variant
 from ..request import Request
-from .drawing import TRAVEL, draw, random_clip, random_pair, random_scene, random_trajectory
-from .edits import Edit, apply, varied_instruction
+from .drawing import Trajectory, draw, random_clip, random_pair, random_scene, random_trajectory
+from .edits import varied_instruction
+from .judge import Marks, judge_edit, judge_extension, judge_outside, judge_scene, psnr
 from .language import Scene, varied_caption
-from .recognise import Sighting, recognise
 
-SAME_PLACE = 0.06
-"""Sides that the centre of an unchanged shape may move by."""
-SAME_EXTENT = 0.25
-"""Share by which its extent may change: the shapes of one size differ by a tenth in area."""
-
-Marks = dict[str, float]
+COVERING_SHARE = 0.6
+"""Of the inpainting masks that lie over the whole shape; the others lie anywhere."""
+NEW_SHARE = 0.75
+"""Of those with a covering mask that ask for something else than was there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +37,7 @@ def text_case(rng: random.Random, variant: Variant, task: str) -> Case:
     prompt = varied_caption(scene, rng, moving=moving)
     size = variant.resolutions[0] if moving else rng.choice(variant.resolutions)
     request = Request(prompt=prompt, task=task, height=size[0], width=size[1])
-    return Case(request=request, judge=lambda frames: _shows(frames, scene, moving=moving))
+    return Case(request=request, judge=lambda frames: judge_scene(frames, scene, moving=moving))
 
 
 def first_frame_case(rng: random.Random, variant: Variant) -> Case:
@@ -49,7 +46,7 @@ def first_frame_case(rng: random.Random, variant: Variant) -> Case:
     request = Request(prompt=varied_caption(scene, rng), task="i2v", image=frames[0])
 
     def judge(made: Tensor) -> Marks:
-        return {**_shows(made, scene, moving=True), "first_frame_psnr": _psnr(made[0], frames[0])}
+        return {**judge_scene(made, scene, moving=True), "first_frame_psnr": psnr(made[0], frames[0])}
 
     return Case(request=request, judge=judge)
 
@@ -62,34 +59,31 @@ def keyframes_case(rng: random.Random, variant: Variant) -> Case:
 
     def judge(made: Tensor) -> Marks:
         return {
-            **_shows(made, scene, moving=True),
-            "first_frame_psnr": _psnr(made[0], frames[0]),
-            "last_frame_psnr": _psnr(made[-1], frames[-1]),
+            **judge_scene(made, scene, moving=True),
+            "first_frame_psnr": psnr(made[0], frames[0]),
+            "last_frame_psnr": psnr(made[-1], frames[-1]),
         }
 
     return Case(request=request, judge=judge)
 
 
 def extend_case(rng: random.Random, variant: Variant) -> Case:
-    """i2v: the first five frames of a drawn clip go on."""
-    scene = random_scene(rng)
-    size = variant.resolutions[0]
+    """i2v: a whole drawn clip goes on, with room for its shape to move on as before."""
+    scene, size, overlap = random_scene(rng), variant.resolutions[0], 5
+    new_share = (variant.num_frames - overlap) / (variant.num_frames - 1)
     trajectory = random_trajectory(scene, rng, size)
-    clip = draw(scene, trajectory, variant.num_frames, size)[:5]
-    request = Request(prompt=varied_caption(scene, rng), task="i2v", extend=clip)
-    fastest = TRAVEL[1] / 64 / (variant.num_frames - 1) if scene.direction else 0.0
+    while not _stays_inside(trajectory, 1 + new_share, size):
+        trajectory = random_trajectory(scene, rng, size)
+    clip = draw(scene, trajectory, variant.num_frames, size)
+    request = Request(prompt=varied_caption(scene, rng), task="i2v", extend=clip, overlap=overlap)
+    return Case(request=request, judge=lambda made: judge_extension(made, clip, overlap, scene))
 
-    def judge(made: Tensor) -> Marks:
-        seen = recognise(made)
-        path = torch.tensor(seen.path)
-        jump = float((path[1:] - path[:-1]).norm(dim=1).max()) if len(path) else math.inf
-        marks = {"color": seen.color == scene.color, "shape": seen.shape == scene.shape}
-        # Twice the step of the fastest clip of the language and what the recogniser may be off, anywhere in the clip.
-        marks["no_jump"] = jump < 2 * fastest + 0.02
-        marks["motion"] = seen.motion == (scene.direction or "still")
-        return {**_all(marks), "kept_psnr": _psnr(made[:3], clip[:3])}
 
-    return Case(request=request, judge=judge)
+def _stays_inside(trajectory: Trajectory, progress: float, size: tuple[int, int]) -> bool:
+    """Whether the shape is in the frame when it has moved on to `progress` times its way."""
+    ends = zip(trajectory.start, trajectory.end, (size[1], size[0]), strict=True)
+    margin = trajectory.radius + 1
+    return all(margin <= start + progress * (end - start) <= side - margin for start, end, side in ends)
 
 
 def loop_case(rng: random.Random, variant: Variant) -> Case:
@@ -100,7 +94,7 @@ def loop_case(rng: random.Random, variant: Variant) -> Case:
     request = Request(prompt=varied_caption(scene, rng), task="i2v", image=picture, loop=True)
 
     def judge(made: Tensor) -> Marks:
-        return {**_shows(made, scene, moving=True), "ends_meet_psnr": _psnr(made[-1], made[0])}
+        return {**judge_scene(made, scene, moving=True), "ends_meet_psnr": psnr(made[-1], made[0])}
 
     return Case(request=request, judge=judge)
 
@@ -111,75 +105,60 @@ def edit_case(rng: random.Random, variant: Variant) -> Case:
     height, width = before.shape[:2]
     request = Request(prompt=varied_instruction(edit, rng), task="i2i", image=before, height=height, width=width)
 
-    def judge(frames: Tensor) -> Marks:
-        return judge_edit(recognise(before[None]), recognise(frames), scene, edit)
-
-    return Case(request=request, judge=judge)
-
-
-def judge_edit(before: Sighting, after: Sighting, scene: Scene, edit: Edit) -> Marks:
-    """Whether the edit was `done`, and whether the `rest` was left alone."""
-    wanted = apply(scene, edit)
-    if edit.kind == "remove":
-        done, rest = after.is_empty, after.background == scene.background
-    else:
-        done = getattr(after, edit.kind) == edit.value
-        others = [name for name in ("color", "shape", "background") if name != edit.kind]
-        rest = all(getattr(after, name) == getattr(wanted, name) for name in others) and _same_place(before, after)
-    return {"done": float(done), "rest": float(rest), "all": float(done and rest), f"done_{edit.kind}": float(done)}
-
-
-def _same_place(before: Sighting, after: Sighting) -> bool:
-    if not before.path or not after.path or not before.extent or after.extent is None:
-        return False
-    near = math.dist(before.path[0], after.path[0]) <= SAME_PLACE
-    return near and abs(after.extent / before.extent - 1) <= SAME_EXTENT
+    return Case(request=request, judge=lambda frames: judge_edit(before, frames[0], scene, edit))
 
 
 def inpaint_case(rng: random.Random, variant: Variant) -> Case:
-    """t2i with a mask over a whole drawn shape: another one of another colour is asked for in its place."""
+    """t2i with a mask: over the whole drawn shape, to put another or the same in its place, or anywhere."""
     size = rng.choice(variant.resolutions)
     scene = replace(random_scene(rng), direction=None)
     trajectory = random_trajectory(scene, rng, size)
     picture = draw(scene, trajectory, 1, size)[0]
-    mask = _mask_over(trajectory.start, trajectory.radius, size, rng)
-    wanted = replace(random_scene(rng), background=scene.background, size=scene.size, direction=None)
+    covering = rng.random() < COVERING_SHARE
+    mask = _mask_over(trajectory, size, rng) if covering else _mask_anywhere(size, rng)
+    wanted = _another(scene, rng) if covering and rng.random() < NEW_SHARE else scene
     request = Request(
         prompt=varied_caption(wanted, rng, moving=False), task="t2i", image=picture, mask=mask, height=size[0],
         width=size[1],
     )  # fmt: skip
 
     def judge(frames: Tensor) -> Marks:
-        outside = mask == 0
-        same = torch.equal(frames[0][outside], picture[outside])
-        return {"outside_identical": float(same), **_shows(frames, wanted, moving=False)}
+        shown = judge_scene(frames, wanted, moving=False)
+        outside = {"outside_identical": judge_outside(frames[0], picture, mask)}
+        return {**outside, **(shown if covering else {"all_of_partly_covered": shown["all"]})}
 
     return Case(request=request, judge=judge)
 
 
-def _mask_over(centre: tuple[float, float], radius: float, size: tuple[int, int], rng: random.Random) -> Tensor:
-    """(H, W): a round or square spot that covers the shape with some room."""
-    reach = radius * rng.uniform(1.4, 1.8) + 3
-    x = torch.arange(size[1]) + 0.5 - centre[0]
-    y = torch.arange(size[0])[:, None] + 0.5 - centre[1]
-    inside = x * x + y * y < reach * reach if rng.random() < 0.5 else (x.abs() < reach) & (y.abs() < reach)
-    return inside.float()
+def _another(scene: Scene, rng: random.Random) -> Scene:
+    """Another colour, another shape or both, on the same background."""
+    wanted = scene
+    while (wanted.color, wanted.shape) == (scene.color, scene.shape):
+        other = random_scene(rng)
+        wanted = replace(scene, color=other.color, shape=other.shape)
+    return wanted
 
 
-def _shows(frames: Tensor, scene: Scene, *, moving: bool) -> Marks:
-    seen = recognise(frames)
-    marks = {name: getattr(seen, name) == getattr(scene, name) for name in ("color", "background", "shape")}
-    if moving:
-        marks["motion"] = seen.motion == (scene.direction or "still")
-    return _all(marks)
+def _mask_over(trajectory: Trajectory, size: tuple[int, int], rng: random.Random) -> Tensor:
+    """(H, W): a round or rectangular spot that covers the shape with some room."""
+    # The farthest point of any shape is 1.26 radii from its centre.
+    reach = [trajectory.radius * rng.uniform(1.4, 1.8) + 3 for _ in range(2)]
+    return _spot(trajectory.start, reach, size, rng)
 
 
-def _all(marks: dict[str, bool]) -> Marks:
-    return {**{name: float(value) for name, value in marks.items()}, "all": float(all(marks.values()))}
+def _mask_anywhere(size: tuple[int, int], rng: random.Random) -> Tensor:
+    """(H, W): a round or rectangular spot, smaller than the frame."""
+    centre = rng.uniform(0, size[1]), rng.uniform(0, size[0])
+    return _spot(centre, [rng.uniform(0.08, 0.3) * min(size) for _ in range(2)], size, rng)
 
 
-def _psnr(made: Tensor, wanted: Tensor) -> float:
-    return float(-10 * torch.log10((made - wanted).square().mean().clamp_min(1e-10)))
+def _spot(centre: tuple[float, float], reach: list[float], size: tuple[int, int], rng: random.Random) -> Tensor:
+    """A disk of the first reach, or a rectangle of both."""
+    x = (torch.arange(size[1]) + 0.5 - centre[0])[None]
+    y = (torch.arange(size[0]) + 0.5 - centre[1])[:, None]
+    if rng.random() < 0.5:
+        return (x * x + y * y < reach[0] ** 2).float()
+    return ((x.abs() < reach[0]) & (y.abs() < reach[1])).float()
 
 
 CASES: dict[str, tuple[str, Callable[[random.Random, Variant], Case]]] = {
@@ -193,3 +172,5 @@ CASES: dict[str, tuple[str, Callable[[random.Random, Variant], Case]]] = {
     "inpaint": ("nano-image", inpaint_case),
 }
 """What can be scored: the model that answers unless another is named, and how a case is drawn."""
+REQUEST_TASKS = {"keyframes": "i2v", "extend": "i2v", "loop": "i2v", "inpaint": "t2i"}
+"""The task of the requests, where it is not called the same."""

@@ -5,19 +5,32 @@ Frames are (F, H, W, 3) in [0, 1]. Lengths are fractions of the frame's shorter 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from .language import BACKGROUNDS, COLORS
+from .drawing import Trajectory, draw
+from .language import BACKGROUNDS, COLORS, Scene
 
 FOREGROUND = 0.25
 """RGB distance from the background, of sqrt(3), above which a pixel may belong to the shape."""
 MAX_COLOR_DISTANCE = 0.35
 """A named colour must be at least this near."""
 MIN_AREA, MAX_AREA = 0.004, 0.5
-"""Share of the frame that a shape covers."""
+"""What a shape covers, in square sides."""
+AREAS = {"circle": math.pi, "square": (2 * 0.886) ** 2, "triangle": 0.75 * 3**0.5 * 1.2**2}
+"""In square radii, as `drawing` draws them."""
+MATCH = 0.75
+"""Overlap over union with an ideal shape of the same centre and area; the worst drawn ones have 0.78 after the VAE."""
+CLEARLY = 0.1
+"""By so much more does another shape overlap where skewness and filling are misled: small shapes, few pixels."""
+TRACE = 0.12
+"""RGB distance from the background, of sqrt(3), that is more than unevenness: fainter remains are nothing."""
+REACH = 1.3
+"""Every shape ends this many extents from its centre, blur included (a triangle's corner: 0.88)."""
 MOVED, STILL = 0.10, 0.06
 """Way of the centre, in sides, from which a shape counts as moving, and up to which as still."""
 STRAIGHT = 2.0
@@ -41,11 +54,18 @@ class Sighting:
     """Centre (x, y) of each frame, in sides."""
     extent: float | None = None
     """Square root of the shape's area, in sides."""
+    color_rgb: tuple[float, ...] = ()
+    background_rgb: tuple[float, ...] = ()
+    """The measured colours, 0 to 1."""
+    stray_area: float = 0.0
+    """Of what is on the background beside the shape, in square sides; the largest of all frames."""
+    is_empty: bool = False
+    """Nothing on the background, not even a trace."""
 
     @property
-    def is_empty(self) -> bool:
-        """Nothing on the background."""
-        return self.shape is None and self.color is None and self.background is not None
+    def radius(self) -> float | None:
+        """Half extent as the drawing program counts it, in sides: the same for all shapes of one size."""
+        return None if self.shape is None or self.extent is None else self.extent / AREAS[self.shape] ** 0.5
 
 
 def recognise(frames: Tensor) -> Sighting:
@@ -55,21 +75,49 @@ def recognise(frames: Tensor) -> Sighting:
     background_name = _nearest(background, BACKGROUNDS)
     distance = (frames - background).norm(dim=-1)
     foreground = distance > FOREGROUND
-    shares = foreground.float().mean(dim=(1, 2))
-    if bool((shares < MIN_AREA).any() or (shares > MAX_AREA).any()):
-        return Sighting(color=None, shape=None, motion=None, background=background_name)
+    areas = _areas(foreground)
+    if bool((areas < MIN_AREA).any() or (areas > MAX_AREA).any()):
+        return Sighting(
+            color=None, shape=None, motion=None, background=background_name, background_rgb=_rgb(background),
+            is_empty=bool((_areas(_smoothed(frames - background).norm(dim=-1) > TRACE) < MIN_AREA).all()),
+        )  # fmt: skip
     color = _inner_color(frames, distance, foreground)
     along = color - background
     coverage = ((frames - background) @ along / along.square().sum()).clamp(0, 1)
     path = _centres(coverage)
+    extent = float(_areas(coverage > 0.5).median().sqrt())
     return Sighting(
         color=_nearest(color, COLORS),
-        shape=_shape(coverage),
+        shape=_shape(coverage, path),
         motion=_motion(path),
         background=background_name,
         path=tuple((float(x), float(y)) for x, y in path),
-        extent=float((coverage > 0.5).float().sum(dim=(1, 2)).median().sqrt()) / min(frames.shape[1:3]),
+        extent=extent,
+        color_rgb=_rgb(color),
+        background_rgb=_rgb(background),
+        stray_area=float(_areas(foreground & (_distances(path, frames.shape[1:3]) > REACH * extent)).max()),
     )
+
+
+def _areas(mask: Tensor) -> Tensor:
+    """(F,) of (F, H, W), in square sides."""
+    return mask.float().sum(dim=(1, 2)) / min(mask.shape[1:]) ** 2
+
+
+def _rgb(color: Tensor) -> tuple[float, ...]:
+    return tuple(round(value, 4) for value in color.tolist())
+
+
+def _smoothed(frames: Tensor) -> Tensor:
+    """Means of 3x3 pixels: noise is no trace of a shape."""
+    return F.avg_pool2d(frames.permute(0, 3, 1, 2), 3, 1, 1, count_include_pad=False).permute(0, 2, 3, 1)
+
+
+def _distances(path: Tensor, size: tuple[int, int]) -> Tensor:
+    """(F, H, W) from each frame's centre, in sides."""
+    rows, columns = ((torch.arange(length) + 0.5) / min(size) for length in size)
+    x, y = columns[None, None, :] - path[:, 0, None, None], rows[None, :, None] - path[:, 1, None, None]
+    return (x * x + y * y).sqrt()
 
 
 def _border(frames: Tensor) -> Tensor:
@@ -118,7 +166,30 @@ def _motion(path: Tensor) -> str | None:
     return "down" if y > 0 else "up"
 
 
-def _shape(coverage: Tensor) -> str | None:
+def _shape(coverage: Tensor, path: Tensor) -> str | None:
+    """The likely shape, unless the outline says clearly otherwise; None where what is there has the outline of none."""
+    likely = _likely_shape(coverage)
+    if likely is None:
+        return None
+    frames = list(zip(coverage > 0.5, path, strict=True))
+    overlaps = {
+        name: float(torch.tensor([_overlap(name, mask, centre) for mask, centre in frames]).median()) for name in AREAS
+    }
+    best = max(overlaps, key=overlaps.__getitem__)
+    name = best if overlaps[best] > overlaps[likely] + CLEARLY else likely
+    return name if overlaps[name] >= MATCH else None
+
+
+def _overlap(shape: str, mask: Tensor, centre: Tensor) -> float:
+    """Intersection over union of (H, W) with an ideal shape of the same area at `centre` (sides)."""
+    size = (mask.shape[0], mask.shape[1])
+    x, y = (centre * min(size)).tolist()
+    trajectory = Trajectory(start=(x, y), end=(x, y), radius=(float(mask.sum()) / AREAS[shape]) ** 0.5)
+    ideal = draw(Scene(color="white", shape=shape, background="black"), trajectory, 1, size)[0, ..., 0] > 0.5
+    return float((mask & ideal).sum() / (mask | ideal).sum())
+
+
+def _likely_shape(coverage: Tensor) -> str | None:
     """From the vertical skewness of the mass and how much of its bounding box it fills, medians over frames."""
     fills, skews = [], []
     for frame in coverage:

@@ -13,19 +13,20 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..conditioning import ImageConditioning, joined
+from ..config import variant as find_variant
 from ..inputs import Inputs, encode_inputs
 from ..loading import load
 from ..pipeline import Models, decode_frames, encode_prompts, generate, sample_latents
 from ..request import Request, resolve
 from ..sampling.partial import PartialNoise
 from ..shapes import LatentShape, VideoShape
-from .cases import CASES, Case
+from .cases import CASES, REQUEST_TASKS, Case
 
 BATCH = 10
 
 
 def score_nano(
-    *, count: int = 100, seed: int = 1, task: str = "t2v", models: Models | None = None
+    *, count: int = 100, seed: int = 1, task: str = "t2v", models: Models | str | None = None
 ) -> dict[str, object]:
     """Mean marks over random cases of a task, by name.
 
@@ -33,19 +34,18 @@ def score_nano(
         count: Cases.
         seed: Of the cases and of the noise.
         task: A key of `CASES`.
-        models: Default the embedded ones that are made for the task.
+        models: Or the name of an embedded model; default the one that is made for the task.
 
     Raises:
-        ValueError: count below 1 or an unknown task.
+        ValueError: count below 1, an unknown task, or one that the model does not do.
     """
     if count < 1:
         raise ValueError(f"--n must be at least 1, got {count}")
     if task not in CASES:
         raise ValueError(f"unknown task '{task}'; use one of {', '.join(CASES)}")
-    name, make_case = CASES[task]
-    models = models or load(name)
+    models = _models_for(task, models)
     rng = random.Random(f"score-{seed}-{task}")
-    cases = [make_case(rng, models.variant) for _ in range(count)]
+    cases = [CASES[task][1](rng, models.variant) for _ in range(count)]
     cases.sort(key=_size)
     marks: dict[str, list[float]] = {}
     with tqdm(total=count, desc=f"score {task}", unit="case", file=sys.stderr) as bar:
@@ -57,6 +57,14 @@ def score_nano(
     means = {key: round(sum(values) / len(values), 4) for key, values in marks.items()}
     return {"task": task, "n": count, "seed": seed, "model": models.variant.name,
             "model_hash": models.model_hash, **means}  # fmt: skip
+
+
+def _models_for(task: str, models: Models | str | None) -> Models:
+    models = models or CASES[task][0]
+    variant = find_variant(models) if isinstance(models, str) else models.variant
+    if REQUEST_TASKS.get(task, task) not in variant.tasks:
+        raise ValueError(f"{variant.name} does not do task '{task}'; use {CASES[task][0]}")
+    return load(models) if isinstance(models, str) else models
 
 
 def _size(case: Case) -> tuple[int, int]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -35,6 +36,9 @@ IMAGE = FitConfig(
     num_steps=4500, learning_rate=2e-3, optimizer="muon", warmup_steps=100, ema_decay=0.998, checkpoint_every=250,
     seed=SEED,
 )  # fmt: skip
+LONGER = replace(IMAGE, num_steps=8000, seed=SEED + 5)
+"""A second stage from the first one's average, on more pictures: outlines are what is learned last."""
+MORE_PICTURES = 16_000
 EDIT = FitConfig(
     num_steps=6000, learning_rate=2e-3, optimizer="muon", warmup_steps=100, ema_decay=0.998, checkpoint_every=250,
     seed=SEED + 1,
@@ -115,12 +119,16 @@ def train_picture_dit(folder: Path, shared: Path, encoder: TextEncoder, name: st
     rng = random.Random(SEED + 2 + editing)
     counts = [1.0] + [1 / 3] * (len(NANO_IMAGE_SIZES) - 1)
     sizes = list(zip(NANO_IMAGE_SIZES, counts, strict=True))
-    pictures = [drawn_pictures(encoder, code, rng, size, int(NUM_PICTURES * share)) for size, share in sizes]
+    draw = partial(drawn_pictures, encoder, code, rng)
+    pictures = [draw(size, int(NUM_PICTURES * share)) for size, share in sizes]
     edits = [drawn_edits(encoder, code, rng, size, int(NUM_EDITS * share)) for size, share in sizes if editing]
     model = DiffusionTransformer(variant.dit)
     initialise(model, torch.Generator().manual_seed(SEED + editing))
     objective = FlowMatching(PictureBatches(pictures, edits), variant.rope_scale, shift=variant.sampling.shift)
     average = fit(model, objective, EDIT if editing else IMAGE, folder / "dit-run")
+    model.load_state_dict(average.state_dict())
+    more = [draw(size, int(MORE_PICTURES * share)) for size, share in sizes]
+    average = fit(model, replace(objective, batches=PictureBatches(more, edits)), LONGER, folder / "dit-longer")
     result = folder / "dit.safetensors"
     write_tensors(result, average.state_dict())
     return result
