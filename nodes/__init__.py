@@ -1,0 +1,48 @@
+"""The nodes: an explicit list, in groups that can fail alone."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+
+log = logging.getLogger(__name__)
+
+GROUPS: dict[str, tuple[str, ...]] = {
+    "load": ("K5LoadModel", "K5LoadTextEncoders", "K5LoadVAE", "K5LoadAll", "K5ModelInfo"),
+    "text": ("K5EncodePrompts", "K5EnhancePrompt"),
+    "latents": ("K5EmptyLatent", "K5ImageToVideo", "K5ExtendVideo", "K5JoinVideo"),
+    "edit": ("K5EditConditioning", "K5Inpaint", "K5PasteBack"),
+    "sample": ("K5Sample", "K5Schedule", "K5Shift"),
+    "decode": ("K5DecodeVideo",),
+    "optimize": ("K5Attention",),
+    "lora": ("K5LoadLora",),
+}
+"""Module to the nodes in it."""
+
+
+def load_nodes() -> list[type]:
+    """Every node whose module can be imported; the others are named in one log line each."""
+    found: list[type] = []
+    for group, names in GROUPS.items():
+        try:
+            module = importlib.import_module(f".{group}", __name__)
+        except ImportError as error:
+            log.warning("Kandinsky 5: nodes %s are off: %s; %s", ", ".join(names), error, _advice(error))
+            continue
+        found += [getattr(module, name) for name in names]
+    return found
+
+
+def _advice(error: ImportError) -> str:
+    return f"install it with: pip install {error.name}" if error.name else "reinstall the pack's requirements.txt"
+
+
+def make_extension() -> object:
+    """ComfyUI's extension object."""
+    from comfy_api.latest import ComfyExtension
+
+    class Kandinsky5Extension(ComfyExtension):
+        async def get_node_list(self) -> list[type]:
+            return load_nodes()
+
+    return Kandinsky5Extension()

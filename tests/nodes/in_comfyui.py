@@ -1,0 +1,46 @@
+"""Run inside ComfyUI's Python: loads the pack as ComfyUI does, without its server.
+
+`<python> in_comfyui.py <ComfyUI> <pack folder> <check>` runs the function `check_<name>` of `checks.py`.
+"""
+
+import asyncio
+import importlib.util
+import sys
+from pathlib import Path
+
+
+def load_pack(folder: Path, name: str = "custom_nodes.some-pack.v1"):
+    """The pack as a module under a name that is no identifier, as ComfyUI gives it."""
+    spec = importlib.util.spec_from_file_location(
+        name, folder / "__init__.py", submodule_search_locations=[str(folder)]
+    )
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def main() -> None:
+    comfyui, pack, check = sys.argv[1:4]
+    sys.path.insert(0, comfyui)
+    sys.argv = [sys.argv[0], "--cpu"]
+    import comfy.options
+
+    comfy.options.enable_args_parsing()
+    import nodes
+
+    asyncio.run(nodes.init_extra_nodes(init_custom_nodes=False))
+    module = load_pack(Path(pack))
+    extension = asyncio.run(module.comfy_entrypoint())
+    classes = asyncio.run(extension.get_node_list())
+    for node in classes:
+        nodes.NODE_CLASS_MAPPINGS[node.define_schema().node_id] = node
+    spec = importlib.util.spec_from_file_location("checks", Path(__file__).parent / "checks.py")
+    checks = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(checks)
+    getattr(checks, f"check_{check}")(sys.modules[module.__name__ + ".nodes"], module.__name__)
+    print("OK", check)
+
+
+if __name__ == "__main__":
+    main()
