@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .canvas import Canvas, cover, extend_edges
 from .conditioning import ImageConditioning
+from .config import Variant
 from .masks import composite, feather, grow, latent_mask, outpaint_mask
 from .request import NO_OUTPAINT, OUTPAINT_OVERLAP, Request
 from .sampling.partial import PartialNoise
@@ -89,10 +90,15 @@ def _mask(models: Models, request: Request) -> Tensor | None:
         mask = grow(mask, request.mask_grow)
     if request.outpaint == NO_OUTPAINT:
         return mask
-    # A small model's pixels are larger parts of what it sees.
-    side = min(min(size) for size in models.variant.resolutions)
-    overlap = max(models.variant.vae.spatial_ratio, min(OUTPAINT_OVERLAP, side // 8))
-    return outpaint_mask(mask, tuple(request.given.shape[1:3]), request.outpaint, overlap)
+    size = tuple(request.given.shape[1:3])
+    return outpaint_mask(mask, size, request.outpaint, outpaint_overlap(models.variant))
+
+
+def outpaint_overlap(variant: Variant) -> int:
+    """Pixels of the old picture that are made again beside a new edge; fewer for small models, whose pixels are
+    larger parts of what they see."""
+    side = min(min(size) for size in variant.resolutions)
+    return max(variant.vae.spatial_ratio, min(OUTPAINT_OVERLAP, side // 8))
 
 
 def _paste(request: Request, canvas: Canvas, extended: Tensor, mask: Tensor) -> Paste:

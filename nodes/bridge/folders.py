@@ -6,8 +6,9 @@ from pathlib import Path
 
 import folder_paths
 
-from ...kandinsky5_core.config import VARIANTS
-from ...kandinsky5_core.loading import NANO_FOLDER, ModelFiles, find_files
+from ...kandinsky5_core.config import VARIANTS, Variant, variant
+from ...kandinsky5_core.loading import ModelFiles, find_files
+from ...kandinsky5_core.weights.detect import inspect_file
 
 BUILT_IN = "built-in: "
 AUTO = "auto"
@@ -42,4 +43,54 @@ def path_of(folder: str, choice: str) -> Path:
     return Path(path)
 
 
-__all__ = ["AUTO", "BUILT_IN", "NANO", "NANO_FOLDER", "built_in", "choices", "path_of", "variant_choices"]
+def pick_variant(path: Path, chosen: str) -> Variant:
+    """The row that the user named, else the one that the file is found to be.
+
+    Raises:
+        ValueError: the file is no Kandinsky 5 DiT, or has sizes of no released one.
+    """
+    if chosen != AUTO:
+        return variant(chosen)
+    info = inspect_file(path, want="dit")
+    if info.kind != "dit":
+        raise ValueError(f"model_name '{path.name}' looks like {info.looks_like}; choose a Kandinsky 5 diffusion model")
+    if info.variant is None:
+        raise ValueError(f"model_name '{path.name}' has sizes of no released variant; choose one under 'variant'")
+    return variant(info.variant)
+
+
+USUAL = {
+    "text_encoder": ("text_encoders", ("qwen_2.5_vl_7b", "qwen2.5_vl_7b", "qwen2.5-vl-7b")),
+    "clip_name": ("text_encoders", ("clip_l", "clip-l")),
+    "hunyuan": ("vae", ("hunyuan_video_vae", "hunyuanvideo_vae")),
+    "flux": ("vae", ("ae.", "flux_vae", "flux-vae")),
+}
+"""ComfyUI's folder and the beginnings of the usual file names of each part."""
+
+
+def find_auto(model_name: str, **given: str) -> dict[str, str]:
+    """`given` choices with every 'auto' replaced by the built-in part or the usual file.
+
+    Raises:
+        ValueError: no file of the usual name lies in its folder.
+    """
+    if built_in(model_name) is not None:
+        return {part: model_name if choice == AUTO else choice for part, choice in given.items()}
+    kind = None
+    found = {}
+    for part, choice in given.items():
+        if part == "vae_name" and choice == AUTO:
+            kind = pick_variant(path_of("diffusion_models", model_name), AUTO).vae.kind
+        found[part] = _usual(part, kind or part) if choice == AUTO else choice
+    return found
+
+
+def _usual(part: str, key: str) -> str:
+    folder, beginnings = USUAL[key]
+    for name in folder_paths.get_filename_list(folder):
+        if Path(name).name.lower().startswith(beginnings):
+            return name
+    raise ValueError(
+        f"{part} is 'auto' and models/{folder} has no file that begins with {' or '.join(beginnings)}; "
+        "put it there or choose another file"
+    )

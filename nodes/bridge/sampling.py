@@ -1,0 +1,132 @@
+"""ComfyUI's samplers with a variant's settings, per-row noise and the official end of image to video."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.model_sampling
+import comfy.sample
+import comfy.samplers
+import comfy.utils
+import latent_preview
+import torch
+from torch import Tensor
+
+from ...kandinsky5_core.config import Variant
+from ...kandinsky5_core.sampling.first_frame import normalise_first_frames
+from ...kandinsky5_core.sampling.noise import initial_noise
+from ...kandinsky5_core.sampling.schedule import flow_schedule
+from ...kandinsky5_core.shapes import LatentShape
+from .model import TIMESTEPS
+
+SAMPLER_NAMES: tuple[str, ...] = tuple(comfy.samplers.KSampler.SAMPLERS)
+SCHEDULES: tuple[str, ...] = tuple(comfy.samplers.KSampler.SCHEDULERS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleSettings:
+    """Everything that a run uses, after the variant filled what was left open."""
+
+    steps: int
+    guidance: float
+    shift: float
+    denoise: float
+    seed: int
+    sampler_name: str
+    scheduler: str
+    told: str
+    """The same in words, for the user."""
+
+    @classmethod
+    def of(
+        cls, variant: Variant, model: Any, *, steps: int, guidance: float, shift: float, **given: Any
+    ) -> SampleSettings:
+        """Zeros filled from the variant; the shift from the model, which a shift node may have changed."""
+        steps = steps or variant.sampling.num_steps
+        guidance = guidance or variant.sampling.guidance_scale
+        shift = shift or model_shift(model)
+        attention = "dense" if variant.nabla is None else f"NABLA {variant.nabla.mass:g}"
+        told = (
+            f"{variant.name}: {steps} steps, guidance {guidance:g}, shift {shift:g}, {given['sampler_name']}/"
+            f"{given['scheduler']}, denoise {given['denoise']:g}, seed {given['seed']}, trained with {attention}"
+        )
+        return cls(steps=steps, guidance=guidance, shift=shift, told=told, **given)
+
+
+def model_shift(model: Any) -> float:
+    """The shift of a MODEL as it stands."""
+    return float(model.get_model_object("model_sampling").shift)
+
+
+def with_shift(model: Any, shift: float) -> Any:
+    """The MODEL with another shift, on the fine table that makes `simple` the official schedule."""
+
+    class Sampling(comfy.model_sampling.ModelSamplingDiscreteFlow, comfy.model_sampling.CONST):
+        pass
+
+    sampling = Sampling(model.model.model_config)
+    sampling.set_parameters(shift=shift, timesteps=TIMESTEPS, multiplier=1000)
+    patched = model.clone()
+    patched.add_object_patch("model_sampling", sampling)
+    return patched
+
+
+def schedule(variant: Variant, model: Any, steps: int, shift: float, denoise: float) -> Tensor:
+    """The official sigmas, from the level of `denoise` to 0."""
+    return flow_schedule(steps or variant.sampling.num_steps, shift or model_shift(model), denoise)
+
+
+def rows_of_noise(shape: torch.Size, seed: int) -> Tensor:
+    """Noise like a LATENT's samples; row i is that of seed + i alone, as in the core."""
+    full = shape if len(shape) == 5 else (*shape[:2], 1, *shape[2:])
+    noise = initial_noise(LatentShape(*full), seed)
+    return noise if len(shape) == 5 else noise[:, :, 0]
+
+
+def run_sampler(model: Any, positive: Any, negative: Any, latent: dict[str, Any], settings: SampleSettings) -> Any:
+    """A LATENT sampled by ComfyUI, with its progress, previews and cancel.
+
+    Raises:
+        ValueError: latents of the other kind (pictures for a video model or the reverse).
+    """
+    if settings.shift != model_shift(model):
+        model = with_shift(model, settings.shift)
+    samples = comfy.sample.fix_empty_latent_channels(model, latent["samples"])
+    check_latents(model, samples)
+    sigmas = None
+    if settings.scheduler == "simple":
+        sigmas = flow_schedule(settings.steps, settings.shift, settings.denoise)
+    made = comfy.sample.sample(
+        model, rows_of_noise(samples.shape, settings.seed), settings.steps, settings.guidance, settings.sampler_name,
+        settings.scheduler, positive, negative, samples, denoise=settings.denoise, sigmas=sigmas,
+        noise_mask=latent.get("noise_mask"), callback=latent_preview.prepare_callback(model, settings.steps),
+        disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED, seed=settings.seed,
+    )  # fmt: skip
+    return {"samples": finished(model, made, positive)}
+
+
+def check_latents(model: Any, samples: Tensor) -> None:
+    """That the latents are of the model's kind.
+
+    Raises:
+        ValueError: says which nodes make the right ones.
+    """
+    variant: Variant = model.model.variant
+    flux = variant.vae.kind == "flux"
+    if flux and samples.ndim == 5 and samples.shape[2] > 1:
+        raise ValueError(
+            f"latent holds {samples.shape[2]} latent frames and {variant.name} makes pictures; use Kandinsky 5 Empty "
+            "Latent with this model, or load a video model"
+        )
+    if samples.shape[1] != variant.vae.latent_channels:
+        raise ValueError(f"latent has {samples.shape[1]} channels; {variant.name} takes {variant.vae.latent_channels}")
+
+
+def finished(model: Any, samples: Tensor, positive: Any) -> Tensor:
+    """Image to video from the first frame alone ends with the official pull of the first frames' statistics."""
+    given = positive[0][1].get("k5_given")
+    if given is None or samples.ndim != 5 or given[0, 0, :, 0, 0].nonzero().flatten().tolist() != [0]:
+        return samples
+    scale = model.get_model_object("latent_format")
+    return scale.process_out(normalise_first_frames(scale.process_in(samples)))

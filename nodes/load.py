@@ -1,0 +1,197 @@
+"""Loaders: files or built-in models to ComfyUI's own MODEL, CLIP and VAE."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from comfy_api.latest import io, ui
+
+from ..kandinsky5_core.config import VARIANTS, Variant
+from .bridge.clip import K5CLIP, load_clip
+from .bridge.folders import AUTO, built_in, choices, find_auto, path_of, pick_variant, variant_choices
+from .bridge.info import describe_file, describe_model
+from .bridge.model import load_model
+from .bridge.vae import K5VAE, load_vae
+
+CATEGORY = "Kandinsky 5/load"
+DTYPES = ("default", "fp32", "bf16", "fp16")
+MODEL_TIP = "A Kandinsky 5 file of models/diffusion_models in any layout, or a built-in Nano model that needs no download."
+
+
+def _dit_input() -> io.Input:
+    return io.Combo.Input("model_name", options=choices("diffusion_models"), tooltip=MODEL_TIP)
+
+
+def _variant_input() -> io.Input:
+    return io.Combo.Input(
+        "variant", options=variant_choices(), default=AUTO, optional=True, advanced=True,
+        tooltip="What the file is, where one file serves several uses (Pro SD and HD). 'auto' reads it from the file.",
+    )  # fmt: skip
+
+
+def _dtype_input() -> io.Input:
+    return io.Combo.Input(
+        "weight_dtype", options=list(DTYPES), default="default", optional=True, advanced=True,
+        tooltip="Precision of the weights in memory. 'default' lets ComfyUI choose for your card.",
+    )  # fmt: skip
+
+
+def open_dit(model_name: str, variant: str, weight_dtype: str) -> tuple[Any, Variant]:
+    """A MODEL and the variant that it was found to be."""
+    from ..kandinsky5_core.loading import DTYPES as TORCH_DTYPES
+
+    files = built_in(model_name)
+    path = path_of("diffusion_models", model_name) if files is None else files.dit
+    row = pick_variant(path, variant) if files is None else files.variant
+    return load_model(path, row, TORCH_DTYPES.get(weight_dtype)), row
+
+
+def open_clip(text_encoder: str, clip_name: str, kind: str) -> K5CLIP:
+    """Both text encoders; a built-in choice brings both."""
+    files = built_in(text_encoder)
+    if files is not None:
+        return load_clip(files.text_encoder, files.clip, kind_of(files.variant), bundled=True)
+    if built_in(clip_name) is not None:
+        raise ValueError(f"clip_name '{clip_name}' is built in and text_encoder is a file; choose both of one family")
+    return load_clip(path_of("text_encoders", text_encoder), path_of("text_encoders", clip_name), kind)
+
+
+def open_vae(vae_name: str) -> K5VAE:
+    """A VAE of either class."""
+    files = built_in(vae_name)
+    return load_vae(path_of("vae", vae_name) if files is None else files.vae)
+
+
+def kind_of(variant: Variant) -> str:
+    """'video' or 'image': which text template the model was trained with."""
+    return "video" if variant.vae.kind == "hunyuan" else "image"
+
+
+class K5LoadModel(io.ComfyNode):
+    """Load a DiT."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="K5LoadModel", display_name="Load Kandinsky 5 Model", category=CATEGORY, is_output_node=False,
+            description="Loads a Kandinsky 5 diffusion model and says which checkpoint it is.",
+            search_aliases=["kandinsky", "unet loader", "diffusion model"],
+            inputs=[_dit_input(), _variant_input(), _dtype_input()],
+            outputs=[io.Model.Output(), io.String.Output(display_name="info", tooltip="The variant and its settings.")],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(cls, model_name: str, variant: str = AUTO, weight_dtype: str = "default") -> io.NodeOutput:
+        model, row = open_dit(model_name, variant, weight_dtype)
+        info = describe_model(row)
+        return io.NodeOutput(model, info, ui=ui.PreviewText(info))
+
+
+class K5LoadTextEncoders(io.ComfyNode):
+    """Load Qwen2.5-VL and CLIP."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="K5LoadTextEncoders", display_name="Load Kandinsky 5 Text Encoders", category=CATEGORY,
+            description="Loads Qwen2.5-VL and CLIP ViT-L as one CLIP; text encode nodes then use the right template.",
+            search_aliases=["dual clip loader", "qwen"],
+            inputs=[
+                io.Combo.Input("text_encoder", options=choices("text_encoders"),
+                               tooltip="Qwen2.5-VL 7B, for example qwen_2.5_vl_7b_fp8_scaled.safetensors; or built in."),
+                io.Combo.Input("clip_name", options=choices("text_encoders"),
+                               tooltip="clip_l.safetensors; ignored where the text encoder is built in."),
+                io.Combo.Input("type", options=["video", "image"], default="video",
+                               tooltip="Which template plain text encode nodes use: that of the model you sample with."),
+            ],
+            outputs=[io.Clip.Output()],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(cls, text_encoder: str, clip_name: str, type: str) -> io.NodeOutput:
+        return io.NodeOutput(open_clip(text_encoder, clip_name, type))
+
+
+class K5LoadVAE(io.ComfyNode):
+    """Load either VAE."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="K5LoadVAE", display_name="Load Kandinsky 5 VAE", category=CATEGORY,
+            description="Loads the HunyuanVideo VAE (video models) or the FLUX VAE (image models), in any layout.",
+            search_aliases=["vae loader"],
+            inputs=[io.Combo.Input("vae_name", options=choices("vae"),
+                                   tooltip="hunyuan_video_vae_bf16.safetensors for video, ae.safetensors for images.")],
+            outputs=[io.Vae.Output()],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(cls, vae_name: str) -> io.NodeOutput:
+        return io.NodeOutput(open_vae(vae_name))
+
+
+class K5LoadAll(io.ComfyNode):
+    """Model, text encoders and VAE at once."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        auto = "'auto' takes the one that fits: built in with a built-in model, else the usual file name."
+        return io.Schema(
+            node_id="K5LoadAll", display_name="Load Kandinsky 5 (all)", category=CATEGORY,
+            description="Loads model, text encoders and VAE; with 'auto' the parts that fit the model are found by name.",
+            search_aliases=["kandinsky", "checkpoint loader"],
+            inputs=[
+                _dit_input(),
+                io.Combo.Input("text_encoder", options=[AUTO, *choices("text_encoders")], default=AUTO,
+                               tooltip=f"Qwen2.5-VL. {auto}", optional=True, advanced=True),
+                io.Combo.Input("clip_name", options=[AUTO, *choices("text_encoders")], default=AUTO,
+                               tooltip=f"CLIP ViT-L. {auto}", optional=True, advanced=True),
+                io.Combo.Input("vae_name", options=[AUTO, *choices("vae")], default=AUTO, tooltip=f"VAE. {auto}",
+                               optional=True, advanced=True),
+                _variant_input(), _dtype_input(),
+            ],
+            outputs=[io.Model.Output(), io.Clip.Output(), io.Vae.Output(),
+                     io.String.Output(display_name="info", tooltip="The variant and its settings.")],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(
+        cls, model_name: str, text_encoder: str = AUTO, clip_name: str = AUTO, vae_name: str = AUTO,
+        variant: str = AUTO, weight_dtype: str = "default",
+    ) -> io.NodeOutput:  # fmt: skip
+        parts = find_auto(model_name, text_encoder=text_encoder, clip_name=clip_name, vae_name=vae_name)
+        model, row = open_dit(model_name, variant, weight_dtype)
+        clip = open_clip(parts["text_encoder"], parts["clip_name"], kind_of(row))
+        vae = open_vae(parts["vae_name"])
+        if vae.config.kind != row.vae.kind:
+            raise ValueError(
+                f"vae_name '{parts['vae_name']}' is a {vae.config.kind} VAE and {row.name} needs {row.vae.kind}: "
+                "hunyuan_video_vae for video, the FLUX VAE (ae) for images"
+            )
+        info = describe_model(row)
+        return io.NodeOutput(model, clip, vae, info, ui=ui.PreviewText(info))
+
+
+class K5ModelInfo(io.ComfyNode):
+    """What a file is."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="K5ModelInfo", display_name="Kandinsky 5 Model Info", category=CATEGORY, is_output_node=True,
+            description="Reads only the header of a weights file and says what it is.",
+            inputs=[_dit_input()],
+            outputs=[io.String.Output(display_name="info")],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(cls, model_name: str) -> io.NodeOutput:
+        files = built_in(model_name)
+        path: Path = path_of("diffusion_models", model_name) if files is None else files.dit
+        info = describe_file(path)
+        return io.NodeOutput(info, ui=ui.PreviewText(info))
+
+
+__all__ = ["VARIANTS", "K5LoadAll", "K5LoadModel", "K5LoadTextEncoders", "K5LoadVAE", "K5ModelInfo"]

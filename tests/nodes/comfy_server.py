@@ -1,0 +1,239 @@
+"""A real ComfyUI on loopback with the pack in it, for tests: started, asked over HTTP and websocket, stopped."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.error import HTTPError
+from urllib.parse import urlencode
+from urllib.request import Request, urlopen
+
+import psutil
+from websockets.sync.client import connect
+
+PACK = Path(__file__).parents[2]
+STARTUP_SECONDS = 180
+RUN_SECONDS = 300
+PACKED = ("__init__.py", "kandinsky5_core", "nodes", "train", "web", "locales", "workflows", "pyproject.toml", "subgraphs")
+
+
+def comfyui_path() -> Path | None:
+    """`$COMFYUI_PATH`, else comfy-cli's default workspace; None where neither holds a ComfyUI."""
+    path = Path(os.environ.get("COMFYUI_PATH", "~/comfy/ComfyUI")).expanduser()
+    return path if (path / "main.py").exists() else None
+
+
+def comfyui_python(path: Path) -> str:
+    """`$COMFYUI_PYTHON`, else the ComfyUI's own environment, else this one."""
+    if "COMFYUI_PYTHON" in os.environ:
+        return os.environ["COMFYUI_PYTHON"]
+    for folder in (".venv", "venv"):
+        python = path / folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+        if python.exists():
+            return str(python)
+    return sys.executable
+
+
+class NodeError(Exception):
+    """A node failed; `message` is what the user sees."""
+
+    def __init__(self, node_type: str, message: str) -> None:
+        super().__init__(f"{node_type}: {message}")
+        self.node_type, self.message = node_type, message
+
+
+@dataclass
+class Run:
+    """What a prompt came to."""
+
+    prompt_id: str
+    outputs: dict[str, Any] = field(default_factory=dict)
+    """Per node id, its `ui` output."""
+    progress: list[tuple[str, int, int]] = field(default_factory=list)
+    previews: int = 0
+    interrupted: bool = False
+
+
+class ComfyServer:
+    """One server in a base directory of its own; a context manager."""
+
+    def __init__(self, folder_name: str = "ComfyUI-Kandinsky-5.0", *, beside: dict[str, str] | None = None,
+                 parent: str | None = None) -> None:  # fmt: skip
+        """
+        Args:
+            folder_name: What the pack's folder is called.
+            beside: Another pack: file name to text, in a folder `other-pack`.
+            parent: Name of the base directory's last part, to have odd characters in the path.
+        """
+        self.comfyui = comfyui_path()
+        assert self.comfyui is not None
+        self.root = Path(tempfile.mkdtemp(prefix="k5-comfy-"))
+        self.base = self.root / (parent or "base")
+        self.folder_name, self.beside = folder_name, beside or {}
+        self.process: subprocess.Popen | None = None
+        self.port = 0
+        self.client_id = uuid.uuid4().hex
+
+    def __enter__(self) -> ComfyServer:
+        for folder in ("custom_nodes", "input", "output", "temp", "user", "models/loras", "models/diffusion_models"):
+            (self.base / folder).mkdir(parents=True)
+        self._install()
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.log_path = self.base / "log.txt"
+        command = [
+            comfyui_python(self.comfyui), "-u", "main.py", "--cpu", "--listen", "127.0.0.1", "--port", str(self.port),
+            "--base-directory", str(self.base), "--database-url", f"sqlite:///{self.base / 'comfyui.db'}",
+            "--disable-auto-launch", "--preview-method", "latent2rgb",
+        ]  # fmt: skip
+        with self.log_path.open("wb") as log:
+            self.process = subprocess.Popen(
+                command, cwd=self.comfyui, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+                env={**os.environ, "HF_HUB_OFFLINE": "1"},
+            )  # fmt: skip
+        try:
+            self._wait_until_ready()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """End the process group and remove the base directory."""
+        if self.process is not None and self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGTERM)
+            try:
+                self.process.wait(20)
+            except subprocess.TimeoutExpired:
+                os.killpg(self.process.pid, signal.SIGKILL)
+                self.process.wait(10)
+        shutil.rmtree(self.root, ignore_errors=True)
+
+    def _install(self) -> None:
+        pack = self.base / "custom_nodes" / self.folder_name
+        pack.mkdir()
+        for name in PACKED:
+            if (PACK / name).exists():
+                (pack / name).symlink_to(PACK / name)
+        if self.beside:
+            other = self.base / "custom_nodes" / "other-pack"
+            other.mkdir()
+            for name, text in self.beside.items():
+                (other / name).parent.mkdir(parents=True, exist_ok=True)
+                (other / name).write_text(text)
+
+    def _wait_until_ready(self) -> None:
+        end = time.monotonic() + STARTUP_SECONDS
+        while time.monotonic() < end:
+            if self.process.poll() is not None:
+                raise RuntimeError(f"ComfyUI ended with {self.process.returncode}:\n{self.log()[-4000:]}")
+            with contextlib.suppress(OSError):
+                self.get("/system_stats")
+                return
+            time.sleep(0.3)
+        raise RuntimeError(f"ComfyUI was not ready in {STARTUP_SECONDS} s:\n{self.log()[-4000:]}")
+
+    @property
+    def url(self) -> str:
+        """Address of the server."""
+        return f"http://127.0.0.1:{self.port}"
+
+    def log(self) -> str:
+        """Everything the server printed."""
+        return self.log_path.read_text(errors="replace") if self.log_path.exists() else ""
+
+    def get(self, path: str) -> Any:
+        """JSON of a GET."""
+        with urlopen(self.url + path, timeout=30) as response:
+            return json.load(response)
+
+    def post(self, path: str, body: dict[str, Any] | None = None) -> Any:
+        """JSON of a POST, where it answers with some."""
+        request = Request(self.url + path, json.dumps(body or {}).encode(), {"Content-Type": "application/json"})
+        with urlopen(request, timeout=60) as response:
+            text = response.read()
+        return json.loads(text) if text else None
+
+    def view(self, file: dict[str, str]) -> bytes:
+        """An output file, as its node's `ui` names it."""
+        wanted = {key: file[key] for key in ("filename", "subfolder", "type")}
+        with urlopen(f"{self.url}/view?{urlencode(wanted)}", timeout=30) as response:
+            return response.read()
+
+    def object_info(self) -> dict[str, Any]:
+        """Every node's schema."""
+        return self.get("/object_info")
+
+    def memory(self) -> int:
+        """Resident bytes of the process."""
+        return psutil.Process(self.process.pid).memory_info().rss
+
+    def run(self, workflow: dict[str, Any], *, interrupt_at: int | None = None) -> Run:
+        """Queue an API workflow and wait for its end.
+
+        Args:
+            interrupt_at: Press cancel when a progress of this many steps comes.
+
+        Raises:
+            NodeError: a node failed, or the prompt was refused (`node_errors`).
+        """
+        with connect(f"ws://127.0.0.1:{self.port}/ws?clientId={self.client_id}", max_size=None) as socket_:
+            try:
+                answer = self.post("/prompt", {"prompt": workflow, "client_id": self.client_id})
+            except HTTPError as error:
+                raise _refused(json.load(error)) from error
+            if answer["node_errors"]:
+                raise _refused(answer)
+            return self._follow(socket_, Run(prompt_id=answer["prompt_id"]), interrupt_at)
+
+    def _follow(self, socket_: Any, run: Run, interrupt_at: int | None) -> Run:
+        end = time.monotonic() + RUN_SECONDS
+        while time.monotonic() < end:
+            message = socket_.recv(timeout=RUN_SECONDS)
+            if isinstance(message, bytes):
+                run.previews += 1
+                continue
+            message = json.loads(message)
+            kind, data = message["type"], message["data"]
+            if data.get("prompt_id") not in (None, run.prompt_id):
+                continue
+            if kind == "progress":
+                run.progress.append((data["node"], data["value"], data["max"]))
+                if interrupt_at is not None and data["value"] >= interrupt_at:
+                    self.post("/interrupt")
+                    interrupt_at = None
+            elif kind == "executed" and data.get("output"):
+                run.outputs[data["node"]] = data["output"]
+            elif kind == "execution_error":
+                raise NodeError(data["node_type"], data["exception_message"])
+            elif kind == "execution_interrupted":
+                run.interrupted = True
+                return run
+            elif kind == "execution_success":
+                history = self.get(f"/history/{run.prompt_id}")[run.prompt_id]
+                run.outputs = {**history["outputs"], **run.outputs}
+                return run
+        raise TimeoutError(f"the prompt did not end in {RUN_SECONDS} s:\n{self.log()[-3000:]}")
+
+
+def _refused(answer: dict[str, Any]) -> NodeError:
+    for error in answer.get("node_errors", {}).values():
+        reasons = "; ".join(f"{reason['message']}: {reason['details']}" for reason in error["errors"])
+        return NodeError(error["class_type"], reasons)
+    return NodeError("", json.dumps(answer.get("error", answer)))
