@@ -16,6 +16,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "decode": ("K5DecodeVideo",),
     "optimize": ("K5Attention",),
     "lora": ("K5LoadLora",),
+    "nano": ("K5NanoPicture",),
 }
 """Module to the nodes in it."""
 

@@ -43,7 +43,9 @@ def check_parity(pack, name):
 
 
 def check_debug(pack, name):
-    import comfy.samplers, nodes
+    import comfy.samplers
+
+    import nodes
     files, model, clip = load_video(name)
     pipeline, request = core(name, "pipeline"), core(name, "request")
     models = core(name, "loading").load_files(files)

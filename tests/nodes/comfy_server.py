@@ -226,10 +226,18 @@ class ComfyServer:
                 run.interrupted = True
                 return run
             elif kind == "execution_success":
-                history = self.get(f"/history/{run.prompt_id}")[run.prompt_id]
-                run.outputs = {**history["outputs"], **run.outputs}
+                run.outputs = {**self._history(run.prompt_id)["outputs"], **run.outputs}
                 return run
         raise TimeoutError(f"the prompt did not end in {RUN_SECONDS} s:\n{self.log()[-3000:]}")
+
+    def _history(self, prompt_id: str) -> dict[str, Any]:
+        """The record of a prompt, which is written just after its end is told."""
+        for _ in range(100):
+            found = self.get(f"/history/{prompt_id}")
+            if prompt_id in found:
+                return found[prompt_id]
+            time.sleep(0.05)
+        raise TimeoutError(f"no history of prompt {prompt_id}")
 
 
 def _refused(answer: dict[str, Any]) -> NodeError:

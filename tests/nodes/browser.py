@@ -1,0 +1,131 @@
+"""Headless Chromium on a ComfyUI: open, load a workflow, run it, look at it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+FLAGS = (
+    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync",
+)  # fmt: skip
+READY = "() => window.app && window.app.graph && window.app.extensionManager && document.querySelector('#graph-canvas')"
+LAYERS = """
+() => {
+  const graph = window.app.graph, depth = new Map(), nodes = graph._nodes;
+  const inputsOf = node => (node.inputs || []).map(i => i.link).filter(l => l != null)
+      .map(l => graph.getNodeById((graph.links.get ? graph.links.get(l) : graph.links[l]).origin_id));
+  const of = node => {
+    if (!depth.has(node.id)) { depth.set(node.id, 0);
+      depth.set(node.id, Math.max(-1, ...inputsOf(node).map(of)) + 1); }
+    return depth.get(node.id);
+  };
+  nodes.forEach(of);
+  const columns = [];
+  nodes.forEach(node => (columns[depth.get(node.id)] ||= []).push(node));
+  let x = 0;
+  columns.forEach(column => {
+    let y = 0, width = 0;
+    column.forEach(node => {
+      const size = node.computeSize();
+      node.size = [Math.max(size[0], 300), Math.max(size[1], node.size[1] > 600 ? size[1] : node.size[1])];
+      node.pos = [x, y];
+      y += node.size[1] + 70; width = Math.max(width, node.size[0]);
+    });
+    x += width + 60;
+  });
+}
+"""
+ADD_NOTE = """
+(text) => {
+  const note = window.LiteGraph.createNode('MarkdownNote');
+  window.app.graph.add(note);
+  note.pos = [0, -420]; note.size = [620, 340];
+  note.widgets[0].value = text;
+}
+"""
+
+
+def chromium() -> str | None:
+    """`$CHROMIUM`, else the one on the PATH; None where there is none."""
+    return os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
+
+
+class Browser:
+    """One page on a server's frontend; a context manager."""
+
+    def __init__(self, url: str, *, locale: str = "en") -> None:
+        self.url, self.locale = url, locale
+
+    def __enter__(self) -> Browser:
+        from playwright.sync_api import sync_playwright
+
+        self._playwright = sync_playwright().start()
+        self._browser = self._playwright.chromium.launch(executable_path=chromium(), args=list(FLAGS))
+        self.page = self._browser.new_page(viewport={"width": 1600, "height": 1000})
+        self.errors: list[str] = []
+        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
+        self.page.request.post(f"{self.url}/settings", data={
+            "Comfy.TutorialCompleted": True, "Comfy.Locale": self.locale, "Comfy.InstalledVersion": "9.9.9",
+            "Comfy.Workflow.ShowMissingNodesWarning": False, "Comfy.Workflow.ShowMissingModelsWarning": False,
+        })  # fmt: skip
+        self.page.goto(self.url)
+        self.page.wait_for_function(READY, timeout=90_000)
+        self.page.wait_for_timeout(1500)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._browser.close()
+        self._playwright.stop()
+
+    def load(self, graph: dict[str, Any]) -> None:
+        """Open a workflow as dropping its file on the canvas does."""
+        self.page.evaluate("async (graph) => { await window.app.loadGraphData(graph); }", graph)
+        self.page.wait_for_timeout(500)
+
+    def load_api(self, api: dict[str, Any]) -> None:
+        """Open a workflow in API form."""
+        self.page.evaluate("async (api) => { await window.app.loadApiJson(api, 'workflow'); }", api)
+        self.page.wait_for_timeout(500)
+
+    def laid_out(self, api: dict[str, Any], note: str) -> dict[str, Any]:
+        """The UI form of an API workflow, in columns from left to right under a note."""
+        self.load_api(api)
+        self.page.evaluate(LAYERS)
+        self.page.evaluate(ADD_NOTE, note)
+        return self.page.evaluate("() => window.app.graph.serialize()")
+
+    def missing_nodes(self) -> list[str]:
+        """Types on the canvas that this ComfyUI does not have: red nodes."""
+        return self.page.evaluate(
+            "() => window.app.graph._nodes.filter(n => !window.LiteGraph.registered_node_types[n.type]).map(n => n.type)"
+        )
+
+    def api(self) -> dict[str, Any]:
+        """What the run button would send."""
+        return self.page.evaluate("async () => (await window.app.graphToPrompt()).output")
+
+    def run(self, timeout_ms: int = 240_000) -> None:
+        """Press the run button and wait until the queue is empty."""
+        done = "async () => (await (await fetch('/history')).json())"
+        before = len(self.page.evaluate(done))
+        self.page.locator('[data-testid="queue-button"]').first.click()
+        self.page.wait_for_function(
+            "async (n) => { const h = await (await fetch('/history')).json();"
+            " const q = await (await fetch('/queue')).json();"
+            " return Object.keys(h).length > n && !q.queue_running.length && !q.queue_pending.length; }",
+            arg=before, timeout=timeout_ms,
+        )  # fmt: skip
+        self.page.wait_for_timeout(800)
+
+    def fit(self) -> None:
+        """Show the whole graph."""
+        self.page.evaluate("() => window.app.canvas.fitViewToSelectionAnimated?.() ")
+        self.page.keyboard.press(".")
+        self.page.wait_for_timeout(700)
+
+    def screenshot(self, path: Path) -> None:
+        """What the page looks like."""
+        self.page.screenshot(path=str(path))
