@@ -37,7 +37,7 @@ IMAGE = FitConfig(
     seed=SEED,
 )  # fmt: skip
 LONGER = replace(IMAGE, num_steps=8000, seed=SEED + 5)
-"""A second stage from the first one's average, on more pictures: outlines are what is learned last."""
+"""A second stage of `nano-image` from the first one's average, on more pictures: outlines are learned last."""
 MORE_PICTURES = 16_000
 EDIT = FitConfig(
     num_steps=6000, learning_rate=2e-3, optimizer="muon", warmup_steps=100, ema_decay=0.998, checkpoint_every=250,
@@ -126,9 +126,10 @@ def train_picture_dit(folder: Path, shared: Path, encoder: TextEncoder, name: st
     initialise(model, torch.Generator().manual_seed(SEED + editing))
     objective = FlowMatching(PictureBatches(pictures, edits), variant.rope_scale, shift=variant.sampling.shift)
     average = fit(model, objective, EDIT if editing else IMAGE, folder / "dit-run")
-    model.load_state_dict(average.state_dict())
-    more = [draw(size, int(MORE_PICTURES * share)) for size, share in sizes]
-    average = fit(model, replace(objective, batches=PictureBatches(more, edits)), LONGER, folder / "dit-longer")
+    if not editing:
+        model.load_state_dict(average.state_dict())
+        more = [draw(size, int(MORE_PICTURES * share)) for size, share in sizes]
+        average = fit(model, replace(objective, batches=PictureBatches(more, [])), LONGER, folder / "dit-longer")
     result = folder / "dit.safetensors"
     write_tensors(result, average.state_dict())
     return result
