@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= outputs/demo
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-comfyui lint clean
 
 $(VENV)/.installed: pyproject.toml requirements.txt constraints-dev.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -16,7 +16,11 @@ demo: $(VENV)/.installed
 	$(BIN)/kandinsky5 demo --out $(OUT)
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --dist loadgroup
+
+# Fails, where `make test` skips, if there is no ComfyUI ($COMFYUI_PATH, else ~/comfy/ComfyUI).
+test-comfyui: $(VENV)/.installed
+	K5_REQUIRE_COMFYUI=1 $(BIN)/python -m pytest -n 2 --dist loadgroup tests/nodes tests/web
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

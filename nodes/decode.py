@@ -18,20 +18,44 @@ class K5DecodeVideo(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="K5DecodeVideo", display_name="Kandinsky 5 Decode Video", category=CATEGORY,
+            node_id="K5DecodeVideo",
+            display_name="Kandinsky 5 Decode Video",
+            category=CATEGORY,
             description="Decodes a LATENT to frames and a VIDEO for Save Video; tiled so that each tile fits the budget.",
             search_aliases=["vae decode", "create video"],
             inputs=[
                 io.Latent.Input("latent", tooltip="From a sampler."),
                 io.Vae.Input("vae", tooltip="The VAE of the model."),
-                io.Float.Input("fps", default=24.0, min=1.0, max=120.0, step=1.0,
-                               tooltip="Frames a second: 24 for the released models, 8 for nano-video."),
-                io.Float.Input("tile_budget", default=4.0, min=0.25, max=128.0, step=0.25, optional=True, advanced=True,
-                               tooltip="GiB that one tile may take. Equal budgets give equal results."),
-                io.Int.Input("row", default=0, min=0, max=63, optional=True, advanced=True, tooltip="Which result of a batch becomes the VIDEO."),
+                io.Float.Input(
+                    "fps",
+                    default=24.0,
+                    min=1.0,
+                    max=120.0,
+                    step=1.0,
+                    tooltip="Frames a second: 24 for the released models, 8 for nano-video.",
+                ),
+                io.Float.Input(
+                    "tile_budget",
+                    default=4.0,
+                    min=0.25,
+                    max=128.0,
+                    step=0.25,
+                    optional=True,
+                    advanced=True,
+                    tooltip="GiB that one tile may take. Equal budgets give equal results.",
+                ),
+                io.Int.Input(
+                    "row",
+                    default=0,
+                    min=0,
+                    max=63,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Which result of a batch becomes the VIDEO.",
+                ),
             ],
             outputs=[io.Video.Output(), io.Image.Output(display_name="frames", tooltip="All frames, of all rows.")],
-        )  # fmt: skip
+        )
 
     @classmethod
     def execute(

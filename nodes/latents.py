@@ -14,13 +14,25 @@ CATEGORY = "Kandinsky 5/latents"
 
 def _size_inputs() -> list[io.Input]:
     return [
-        io.Int.Input("width", default=0, min=0, max=2048, step=16,
-                     tooltip="Pixels, a multiple of 16 (128 is best for NABLA). 0: the variant's own, or the image's ratio."),
+        io.Int.Input(
+            "width",
+            default=0,
+            min=0,
+            max=2048,
+            step=16,
+            tooltip="Pixels, a multiple of 16 (128 is best for NABLA). 0: the variant's own, or the image's ratio.",
+        ),
         io.Int.Input("height", default=0, min=0, max=2048, step=16, tooltip="Pixels, a multiple of 16. 0: as width."),
-        io.Int.Input("frames", default=0, min=0, max=1025, step=1,
-                     tooltip="4k+1: 121 is 5 s and 241 is 10 s at 24 frames a second. 0: the variant's own."),
+        io.Int.Input(
+            "frames",
+            default=0,
+            min=0,
+            max=1025,
+            step=1,
+            tooltip="4k+1: 121 is 5 s and 241 is 10 s at 24 frames a second. 0: the variant's own.",
+        ),
         io.Int.Input("batch_size", default=1, min=1, max=64, tooltip="Results at once, with consecutive seeds."),
-    ]  # fmt: skip
+    ]
 
 
 class K5EmptyLatent(io.ComfyNode):
@@ -29,12 +41,14 @@ class K5EmptyLatent(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="K5EmptyLatent", display_name="Kandinsky 5 Empty Latent", category=CATEGORY,
+            node_id="K5EmptyLatent",
+            display_name="Kandinsky 5 Empty Latent",
+            category=CATEGORY,
             description="An empty latent for text to video or text to image, in the sizes and lengths of the model.",
             search_aliases=["empty latent video", "empty latent image"],
             inputs=[io.Model.Input("model", tooltip="Gives sizes, length and kind of latent."), *_size_inputs()],
             outputs=[io.Latent.Output()],
-        )  # fmt: skip
+        )
 
     @classmethod
     def execute(
@@ -49,9 +63,11 @@ class K5ImageToVideo(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="K5ImageToVideo", display_name="Kandinsky 5 Image to Video", category=CATEGORY,
+            node_id="K5ImageToVideo",
+            display_name="Kandinsky 5 Image to Video",
+            category=CATEGORY,
             description="Holds pictures at chosen frames of the clip. The released models were trained on the first "
-                        "frame; other places work to the extent that they generalise.",
+            "frame; other places work to the extent that they generalise.",
             search_aliases=["i2v", "first last frame", "keyframes", "loop"],
             inputs=[
                 io.Model.Input("model", tooltip="An image to video checkpoint."),
@@ -62,21 +78,45 @@ class K5ImageToVideo(io.ComfyNode):
                 io.Image.Input("start_image", optional=True, tooltip="The first frame."),
                 io.Image.Input("end_image", optional=True, tooltip="The last frame."),
                 io.Image.Input("keyframes", optional=True, tooltip="A batch of pictures for the frames named below."),
-                io.String.Input("keyframe_positions", default="", optional=True, advanced=True,
-                                tooltip="A frame number for each picture of keyframes, such as 0, 60, -1."),
-                io.Boolean.Input("loop", default=False, optional=True, advanced=True,
-                                 tooltip="End on the first picture; drop the last 4 frames of the result to play it round."),
+                io.String.Input(
+                    "keyframe_positions",
+                    default="",
+                    optional=True,
+                    advanced=True,
+                    tooltip="A frame number for each picture of keyframes, such as 0, 60, -1.",
+                ),
+                io.Boolean.Input(
+                    "loop",
+                    default=False,
+                    optional=True,
+                    advanced=True,
+                    tooltip="End on the first picture; drop the last 4 frames of the result to play it round.",
+                ),
             ],
-            outputs=[io.Conditioning.Output(display_name="positive"), io.Conditioning.Output(display_name="negative"),
-                     io.Latent.Output()],
-        )  # fmt: skip
+            outputs=[
+                io.Conditioning.Output(display_name="positive"),
+                io.Conditioning.Output(display_name="negative"),
+                io.Latent.Output(),
+            ],
+        )
 
     @classmethod
     def execute(
-        cls, model: Any, positive: Any, negative: Any, vae: Any, width: int = 0, height: int = 0, frames: int = 0,
-        batch_size: int = 1, start_image: Any = None, end_image: Any = None, keyframes: Any = None,
-        keyframe_positions: str = "", loop: bool = False,
-    ) -> io.NodeOutput:  # fmt: skip
+        cls,
+        model: Any,
+        positive: Any,
+        negative: Any,
+        vae: Any,
+        width: int = 0,
+        height: int = 0,
+        frames: int = 0,
+        batch_size: int = 1,
+        start_image: Any = None,
+        end_image: Any = None,
+        keyframes: Any = None,
+        keyframe_positions: str = "",
+        loop: bool = False,
+    ) -> io.NodeOutput:
         given = keyframe_list(start_image, end_image, keyframes, keyframe_positions, loop=loop)
         held = GivenFrames.of_pictures(require_variant(model), vae, given, height, width, frames)
         return io.NodeOutput(*with_given(held, positive, negative), held.empty(batch_size))
@@ -88,7 +128,9 @@ class K5ExtendVideo(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="K5ExtendVideo", display_name="Kandinsky 5 Extend Video", category=CATEGORY,
+            node_id="K5ExtendVideo",
+            display_name="Kandinsky 5 Extend Video",
+            category=CATEGORY,
             description="The clip's last frames become the held beginning of the next piece; join the two afterwards.",
             search_aliases=["long video", "continue"],
             inputs=[
@@ -97,13 +139,24 @@ class K5ExtendVideo(io.ComfyNode):
                 io.Conditioning.Input("negative", tooltip="What should not be seen."),
                 io.Vae.Input("vae", tooltip="The video VAE."),
                 io.Image.Input("clip", tooltip="All frames so far."),
-                io.Int.Input("frames", default=0, min=0, max=1025, tooltip="Of the piece, overlap included. 0: the variant's."),
-                io.Int.Input("overlap", default=5, min=1, max=33, step=4,
-                             tooltip="Last frames the model sees, 4k+1. 1 is what the released models were trained for."),
+                io.Int.Input(
+                    "frames", default=0, min=0, max=1025, tooltip="Of the piece, overlap included. 0: the variant's."
+                ),
+                io.Int.Input(
+                    "overlap",
+                    default=5,
+                    min=1,
+                    max=33,
+                    step=4,
+                    tooltip="Last frames the model sees, 4k+1. 1 is what the released models were trained for.",
+                ),
             ],
-            outputs=[io.Conditioning.Output(display_name="positive"), io.Conditioning.Output(display_name="negative"),
-                     io.Latent.Output()],
-        )  # fmt: skip
+            outputs=[
+                io.Conditioning.Output(display_name="positive"),
+                io.Conditioning.Output(display_name="negative"),
+                io.Latent.Output(),
+            ],
+        )
 
     @classmethod
     def execute(
@@ -119,7 +172,9 @@ class K5JoinVideo(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="K5JoinVideo", display_name="Kandinsky 5 Join Video", category=CATEGORY,
+            node_id="K5JoinVideo",
+            display_name="Kandinsky 5 Join Video",
+            category=CATEGORY,
             description="Appends a piece made with Extend Video to its clip, faded over the overlap.",
             inputs=[
                 io.Image.Input("clip", tooltip="All frames so far."),
@@ -127,7 +182,7 @@ class K5JoinVideo(io.ComfyNode):
                 io.Int.Input("overlap", default=5, min=1, max=33, step=4, tooltip="As in Extend Video."),
             ],
             outputs=[io.Image.Output(display_name="clip")],
-        )  # fmt: skip
+        )
 
     @classmethod
     def execute(cls, clip: torch.Tensor, piece: torch.Tensor, overlap: int = 5) -> io.NodeOutput:

@@ -16,7 +16,9 @@ from .bridge.vae import K5VAE, load_vae
 
 CATEGORY = "Kandinsky 5/load"
 DTYPES = ("default", "fp32", "bf16", "fp16")
-MODEL_TIP = "A Kandinsky 5 file of models/diffusion_models in any layout, or a built-in Nano model that needs no download."
+MODEL_TIP = (
+    "A Kandinsky 5 file of models/diffusion_models in any layout, or a built-in Nano model that needs no download."
+)
 
 
 def _dit_input() -> io.Input:
@@ -25,16 +27,24 @@ def _dit_input() -> io.Input:
 
 def _variant_input() -> io.Input:
     return io.Combo.Input(
-        "variant", options=variant_choices(), default=AUTO, optional=True, advanced=True,
+        "variant",
+        options=variant_choices(),
+        default=AUTO,
+        optional=True,
+        advanced=True,
         tooltip="What the file is, where one file serves several uses (Pro SD and HD). 'auto' reads it from the file.",
-    )  # fmt: skip
+    )
 
 
 def _dtype_input() -> io.Input:
     return io.Combo.Input(
-        "weight_dtype", options=list(DTYPES), default="default", optional=True, advanced=True,
+        "weight_dtype",
+        options=list(DTYPES),
+        default="default",
+        optional=True,
+        advanced=True,
         tooltip="Precision of the weights in memory. 'default' lets ComfyUI choose for your card.",
-    )  # fmt: skip
+    )
 
 
 def open_dit(model_name: str, variant: str, weight_dtype: str) -> tuple[Any, Variant]:
@@ -74,12 +84,15 @@ class K5LoadModel(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="K5LoadModel", display_name="Load Kandinsky 5 Model", category=CATEGORY, is_output_node=False,
+            node_id="K5LoadModel",
+            display_name="Load Kandinsky 5 Model",
+            category=CATEGORY,
+            is_output_node=False,
             description="Loads a Kandinsky 5 diffusion model and says which checkpoint it is.",
             search_aliases=["kandinsky", "unet loader", "diffusion model"],
             inputs=[_dit_input(), _variant_input(), _dtype_input()],
             outputs=[io.Model.Output(), io.String.Output(display_name="info", tooltip="The variant and its settings.")],
-        )  # fmt: skip
+        )
 
     @classmethod
     def execute(cls, model_name: str, variant: str = AUTO, weight_dtype: str = "default") -> io.NodeOutput:
@@ -94,19 +107,31 @@ class K5LoadTextEncoders(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="K5LoadTextEncoders", display_name="Load Kandinsky 5 Text Encoders", category=CATEGORY,
+            node_id="K5LoadTextEncoders",
+            display_name="Load Kandinsky 5 Text Encoders",
+            category=CATEGORY,
             description="Loads Qwen2.5-VL and CLIP ViT-L as one CLIP; text encode nodes then use the right template.",
             search_aliases=["dual clip loader", "qwen"],
             inputs=[
-                io.Combo.Input("text_encoder", options=choices("text_encoders"),
-                               tooltip="Qwen2.5-VL 7B, for example qwen_2.5_vl_7b_fp8_scaled.safetensors; or built in."),
-                io.Combo.Input("clip_name", options=choices("text_encoders"),
-                               tooltip="clip_l.safetensors; ignored where the text encoder is built in."),
-                io.Combo.Input("type", options=["video", "image"], default="video",
-                               tooltip="Which template plain text encode nodes use: that of the model you sample with."),
+                io.Combo.Input(
+                    "text_encoder",
+                    options=choices("text_encoders"),
+                    tooltip="Qwen2.5-VL 7B, for example qwen_2.5_vl_7b_fp8_scaled.safetensors; or built in.",
+                ),
+                io.Combo.Input(
+                    "clip_name",
+                    options=choices("text_encoders"),
+                    tooltip="clip_l.safetensors; ignored where the text encoder is built in.",
+                ),
+                io.Combo.Input(
+                    "type",
+                    options=["video", "image"],
+                    default="video",
+                    tooltip="Which template plain text encode nodes use: that of the model you sample with.",
+                ),
             ],
             outputs=[io.Clip.Output()],
-        )  # fmt: skip
+        )
 
     @classmethod
     def execute(cls, text_encoder: str, clip_name: str, type: str) -> io.NodeOutput:
@@ -119,13 +144,20 @@ class K5LoadVAE(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="K5LoadVAE", display_name="Load Kandinsky 5 VAE", category=CATEGORY,
+            node_id="K5LoadVAE",
+            display_name="Load Kandinsky 5 VAE",
+            category=CATEGORY,
             description="Loads the HunyuanVideo VAE (video models) or the FLUX VAE (image models), in any layout.",
             search_aliases=["vae loader"],
-            inputs=[io.Combo.Input("vae_name", options=choices("vae"),
-                                   tooltip="hunyuan_video_vae_bf16.safetensors for video, ae.safetensors for images.")],
+            inputs=[
+                io.Combo.Input(
+                    "vae_name",
+                    options=choices("vae"),
+                    tooltip="hunyuan_video_vae_bf16.safetensors for video, ae.safetensors for images.",
+                )
+            ],
             outputs=[io.Vae.Output()],
-        )  # fmt: skip
+        )
 
     @classmethod
     def execute(cls, vae_name: str) -> io.NodeOutput:
@@ -139,28 +171,58 @@ class K5LoadAll(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         auto = "'auto' takes the one that fits: built in with a built-in model, else the usual file name."
         return io.Schema(
-            node_id="K5LoadAll", display_name="Load Kandinsky 5 (all)", category=CATEGORY,
+            node_id="K5LoadAll",
+            display_name="Load Kandinsky 5 (all)",
+            category=CATEGORY,
             description="Loads model, text encoders and VAE; with 'auto' the parts that fit the model are found by name.",
             search_aliases=["kandinsky", "checkpoint loader"],
             inputs=[
                 _dit_input(),
-                io.Combo.Input("text_encoder", options=[AUTO, *choices("text_encoders")], default=AUTO,
-                               tooltip=f"Qwen2.5-VL. {auto}", optional=True, advanced=True),
-                io.Combo.Input("clip_name", options=[AUTO, *choices("text_encoders")], default=AUTO,
-                               tooltip=f"CLIP ViT-L. {auto}", optional=True, advanced=True),
-                io.Combo.Input("vae_name", options=[AUTO, *choices("vae")], default=AUTO, tooltip=f"VAE. {auto}",
-                               optional=True, advanced=True),
-                _variant_input(), _dtype_input(),
+                io.Combo.Input(
+                    "text_encoder",
+                    options=[AUTO, *choices("text_encoders")],
+                    default=AUTO,
+                    tooltip=f"Qwen2.5-VL. {auto}",
+                    optional=True,
+                    advanced=True,
+                ),
+                io.Combo.Input(
+                    "clip_name",
+                    options=[AUTO, *choices("text_encoders")],
+                    default=AUTO,
+                    tooltip=f"CLIP ViT-L. {auto}",
+                    optional=True,
+                    advanced=True,
+                ),
+                io.Combo.Input(
+                    "vae_name",
+                    options=[AUTO, *choices("vae")],
+                    default=AUTO,
+                    tooltip=f"VAE. {auto}",
+                    optional=True,
+                    advanced=True,
+                ),
+                _variant_input(),
+                _dtype_input(),
             ],
-            outputs=[io.Model.Output(), io.Clip.Output(), io.Vae.Output(),
-                     io.String.Output(display_name="info", tooltip="The variant and its settings.")],
-        )  # fmt: skip
+            outputs=[
+                io.Model.Output(),
+                io.Clip.Output(),
+                io.Vae.Output(),
+                io.String.Output(display_name="info", tooltip="The variant and its settings."),
+            ],
+        )
 
     @classmethod
     def execute(
-        cls, model_name: str, text_encoder: str = AUTO, clip_name: str = AUTO, vae_name: str = AUTO,
-        variant: str = AUTO, weight_dtype: str = "default",
-    ) -> io.NodeOutput:  # fmt: skip
+        cls,
+        model_name: str,
+        text_encoder: str = AUTO,
+        clip_name: str = AUTO,
+        vae_name: str = AUTO,
+        variant: str = AUTO,
+        weight_dtype: str = "default",
+    ) -> io.NodeOutput:
         parts = find_auto(model_name, text_encoder=text_encoder, clip_name=clip_name, vae_name=vae_name)
         model, row = open_dit(model_name, variant, weight_dtype)
         clip = open_clip(parts["text_encoder"], parts["clip_name"], kind_of(row))
@@ -180,11 +242,14 @@ class K5ModelInfo(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="K5ModelInfo", display_name="Kandinsky 5 Model Info", category=CATEGORY, is_output_node=True,
+            node_id="K5ModelInfo",
+            display_name="Kandinsky 5 Model Info",
+            category=CATEGORY,
+            is_output_node=True,
             description="Reads only the header of a weights file and says what it is.",
             inputs=[_dit_input()],
             outputs=[io.String.Output(display_name="info")],
-        )  # fmt: skip
+        )
 
     @classmethod
     def execute(cls, model_name: str) -> io.NodeOutput:

@@ -20,21 +20,38 @@ class K5LoadLora(io.ComfyNode):
         slots: list[io.Input] = []
         for number in range(1, SLOTS + 1):
             slots += [
-                io.Combo.Input(f"lora_{number}", options=[NONE, *lora_choices()], default=NONE,
-                               tooltip="A file of models/loras with official, diffusers, ComfyUI or kohya keys.",
-                               advanced=number > 1),
-                io.Float.Input(f"strength_{number}", default=1.0, min=-10.0, max=10.0, step=0.05,
-                               tooltip="1 as trained; 0 off; negative turns it round.", advanced=number > 1),
-            ]  # fmt: skip
+                io.Combo.Input(
+                    f"lora_{number}",
+                    options=[NONE, *lora_choices()],
+                    default=NONE,
+                    tooltip="A file of models/loras with official, diffusers, ComfyUI or kohya keys.",
+                    advanced=number > 1,
+                ),
+                io.Float.Input(
+                    f"strength_{number}",
+                    default=1.0,
+                    min=-10.0,
+                    max=10.0,
+                    step=0.05,
+                    tooltip="1 as trained; 0 off; negative turns it round.",
+                    advanced=number > 1,
+                ),
+            ]
         return io.Schema(
-            node_id="K5LoadLora", display_name="Load Kandinsky 5 LoRA", category=CATEGORY, is_output_node=False,
+            node_id="K5LoadLora",
+            display_name="Load Kandinsky 5 LoRA",
+            category=CATEGORY,
+            is_output_node=False,
             description="Applies LoRAs of any key format and shows their trigger words. A file none of whose keys fits "
-                        "is an error; keys that are left over are counted.",
+            "is an error; keys that are left over are counted.",
             search_aliases=["lora loader", "lora stack"],
             inputs=[io.Model.Input("model", tooltip="A Kandinsky 5 MODEL."), *slots],
-            outputs=[io.Model.Output(), io.String.Output(display_name="trigger", tooltip="Words to put into the prompt."),
-                     io.String.Output(display_name="report", tooltip="What was applied.")],
-        )  # fmt: skip
+            outputs=[
+                io.Model.Output(),
+                io.String.Output(display_name="trigger", tooltip="Words to put into the prompt."),
+                io.String.Output(display_name="report", tooltip="What was applied."),
+            ],
+        )
 
     @classmethod
     def execute(cls, model: Any, **slots: Any) -> io.NodeOutput:

@@ -25,7 +25,9 @@ def check_clip(clip: Any) -> K5CLIP:
         ValueError: it was loaded by another node.
     """
     if not isinstance(clip, K5CLIP):
-        raise ValueError("clip was not loaded by 'Load Kandinsky 5 Text Encoders'; use that node, or ComfyUI's text encode")
+        raise ValueError(
+            "clip was not loaded by 'Load Kandinsky 5 Text Encoders'; use that node, or ComfyUI's text encode"
+        )
     return clip
 
 
@@ -35,29 +37,55 @@ class K5EncodePrompts(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="K5EncodePrompts", display_name="Kandinsky 5 Prompts", category=CATEGORY,
+            node_id="K5EncodePrompts",
+            display_name="Kandinsky 5 Prompts",
+            category=CATEGORY,
             description="Encodes the prompt and what should not be seen, with the template of the task.",
             search_aliases=["clip text encode", "prompt"],
             inputs=[
                 io.Clip.Input("clip", tooltip="From a Kandinsky 5 loader."),
                 io.String.Input("positive", multiline=True, dynamic_prompts=True, tooltip="What should be seen."),
-                io.String.Input("negative", multiline=True, dynamic_prompts=True, default="",
-                                tooltip="What should not be seen. Empty is right for images; the video models were "
-                                        f"shown with: {VIDEO_NEGATIVE_PROMPT}"),
-                io.Combo.Input("task", options=list(TASKS), default="auto", optional=True, advanced=True,
-                               tooltip="Whose template: auto takes it from the loader, and i2i where images are given."),
-                io.Combo.Input("edit_template", options=list(EDIT_TEMPLATES), default="snapshot", optional=True, advanced=True,
-                               tooltip="Text around an edit instruction. Which one the weights saw is not published."),
-                io.Image.Input("images", optional=True, tooltip="Pictures to edit; Qwen reads them with the instruction."),
+                io.String.Input(
+                    "negative",
+                    multiline=True,
+                    dynamic_prompts=True,
+                    default="",
+                    tooltip="What should not be seen. Empty is right for images; the video models were "
+                    f"shown with: {VIDEO_NEGATIVE_PROMPT}",
+                ),
+                io.Combo.Input(
+                    "task",
+                    options=list(TASKS),
+                    default="auto",
+                    optional=True,
+                    advanced=True,
+                    tooltip="Whose template: auto takes it from the loader, and i2i where images are given.",
+                ),
+                io.Combo.Input(
+                    "edit_template",
+                    options=list(EDIT_TEMPLATES),
+                    default="snapshot",
+                    optional=True,
+                    advanced=True,
+                    tooltip="Text around an edit instruction. Which one the weights saw is not published.",
+                ),
+                io.Image.Input(
+                    "images", optional=True, tooltip="Pictures to edit; Qwen reads them with the instruction."
+                ),
             ],
             outputs=[io.Conditioning.Output(display_name="positive"), io.Conditioning.Output(display_name="negative")],
-        )  # fmt: skip
+        )
 
     @classmethod
     def execute(
-        cls, clip: Any, positive: str, negative: str = "", task: str = "auto", edit_template: str = "snapshot",
+        cls,
+        clip: Any,
+        positive: str,
+        negative: str = "",
+        task: str = "auto",
+        edit_template: str = "snapshot",
         images: Any = None,
-    ) -> io.NodeOutput:  # fmt: skip
+    ) -> io.NodeOutput:
         return io.NodeOutput(*encode_pair(clip, positive, negative, task, edit_template, images))
 
 
@@ -80,36 +108,74 @@ class K5EnhancePrompt(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="K5EnhancePrompt", display_name="Kandinsky 5 Enhance Prompt", category=CATEGORY, is_output_node=True,
+            node_id="K5EnhancePrompt",
+            display_name="Kandinsky 5 Enhance Prompt",
+            category=CATEGORY,
+            is_output_node=True,
             description="Writes a short prompt out with Qwen, in the manner the models were trained on, and shows it. "
-                        "Type into 'edited' to use your own version instead; nothing is generated then.",
+            "Type into 'edited' to use your own version instead; nothing is generated then.",
             search_aliases=["expand prompt", "beautify"],
             inputs=[
                 io.Clip.Input("clip", tooltip="From a Kandinsky 5 loader; the file must hold Qwen's head."),
                 io.String.Input("prompt", multiline=True, dynamic_prompts=True, tooltip="The short prompt."),
-                io.Combo.Input("task", options=["t2v", "i2v", "t2i", "i2i"], default="t2v",
-                               tooltip="What the prompt is for; i2v and i2i look at the image too."),
+                io.Combo.Input(
+                    "task",
+                    options=["t2v", "i2v", "t2i", "i2i"],
+                    default="t2v",
+                    tooltip="What the prompt is for; i2v and i2i look at the image too.",
+                ),
                 io.Boolean.Input("enabled", default=True, tooltip="Off: the prompt goes through unchanged."),
-                io.String.Input("edited", multiline=True, default="", optional=True,
-                                tooltip="Copy the shown text here and change it; while this is not empty it is used."),
-                io.Int.Input("seed", default=0, min=0, max=2**63 - 1, control_after_generate=True,
-                             tooltip="Another seed writes another text."),
-                io.Float.Input("temperature", default=0.7, min=0.0, max=2.0, step=0.05, optional=True, advanced=True,
-                               tooltip="0 always takes the likeliest word."),
-                io.Int.Input("max_tokens", default=512, min=16, max=2048, optional=True, advanced=True, tooltip="Longest answer."),
+                io.String.Input(
+                    "edited",
+                    multiline=True,
+                    default="",
+                    optional=True,
+                    tooltip="Copy the shown text here and change it; while this is not empty it is used.",
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=2**63 - 1,
+                    control_after_generate=True,
+                    tooltip="Another seed writes another text.",
+                ),
+                io.Float.Input(
+                    "temperature",
+                    default=0.7,
+                    min=0.0,
+                    max=2.0,
+                    step=0.05,
+                    optional=True,
+                    advanced=True,
+                    tooltip="0 always takes the likeliest word.",
+                ),
+                io.Int.Input(
+                    "max_tokens", default=512, min=16, max=2048, optional=True, advanced=True, tooltip="Longest answer."
+                ),
                 io.Image.Input("image", optional=True, tooltip="For i2v and i2i."),
             ],
             outputs=[io.String.Output(display_name="prompt")],
-        )  # fmt: skip
+        )
 
     @classmethod
     def execute(
-        cls, clip: Any, prompt: str, task: str, enabled: bool, seed: int, edited: str = "", temperature: float = 0.7,
-        max_tokens: int = 512, image: Any = None,
-    ) -> io.NodeOutput:  # fmt: skip
+        cls,
+        clip: Any,
+        prompt: str,
+        task: str,
+        enabled: bool,
+        seed: int,
+        edited: str = "",
+        temperature: float = 0.7,
+        max_tokens: int = 512,
+        image: Any = None,
+    ) -> io.NodeOutput:
         text = edited.strip()
         if not text:
-            text = written_out(check_clip(clip), prompt, task, seed, temperature, max_tokens, image) if enabled else prompt
+            text = (
+                written_out(check_clip(clip), prompt, task, seed, temperature, max_tokens, image) if enabled else prompt
+            )
         return io.NodeOutput(text, ui=ui.PreviewText(text))
 
 
@@ -123,9 +189,15 @@ def written_out(
     clip.load_model()
     try:
         return enhance(
-            clip.encoder, prompt, task=task, image=picture, seed=seed, temperature=temperature,
-            max_new_tokens=max_tokens, on_token=TokenProgress(max_tokens),
-        )  # fmt: skip
+            clip.encoder,
+            prompt,
+            task=task,
+            image=picture,
+            seed=seed,
+            temperature=temperature,
+            max_new_tokens=max_tokens,
+            on_token=TokenProgress(max_tokens),
+        )
     except (ValueError, RuntimeError) as error:
         log.warning("Kandinsky 5: the prompt stays as it is, the enhancer cannot run: %s", error)
         return prompt

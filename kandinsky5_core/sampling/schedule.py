@@ -20,7 +20,8 @@ def flow_schedule(num_steps: int, shift: float, denoise: float = 1.0) -> Tensor:
         raise ValueError(f"shift must be positive, got {shift}; the released models use 3 to 10")
     if not 0 < denoise <= 1:
         raise ValueError(f"denoise must be above 0 and at most 1, got {denoise}; 0.4 keeps much, 0.8 little")
-    return shifted(torch.linspace(denoise, 0, num_steps + 1), shift)
+    # Quotients, not torch.linspace: rounded once, they are the same bits in every table of the same levels.
+    return shifted(denoise * (torch.arange(num_steps, -1, -1) / num_steps), shift)
 
 
 def shifted(uniform: Tensor, shift: float) -> Tensor:

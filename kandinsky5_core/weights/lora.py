@@ -21,12 +21,16 @@ from .source import open_source
 PREFIXES = ("base_model.model.", "transformer.", "diffusion_model.", "model.diffusion_model.")
 KOHYA_PREFIXES = ("lora_unet_", "lora_transformer_", "lycoris_")
 ENDS = {
-    ".lora_A.weight": ".lora_A.weight", ".lora_B.weight": ".lora_B.weight",
-    ".lora_A.default.weight": ".lora_A.weight", ".lora_B.default.weight": ".lora_B.weight",
-    ".lora_down.weight": ".lora_A.weight", ".lora_up.weight": ".lora_B.weight",
-    ".lora.down.weight": ".lora_A.weight", ".lora.up.weight": ".lora_B.weight",
+    ".lora_A.weight": ".lora_A.weight",
+    ".lora_B.weight": ".lora_B.weight",
+    ".lora_A.default.weight": ".lora_A.weight",
+    ".lora_B.default.weight": ".lora_B.weight",
+    ".lora_down.weight": ".lora_A.weight",
+    ".lora_up.weight": ".lora_B.weight",
+    ".lora.down.weight": ".lora_A.weight",
+    ".lora.up.weight": ".lora_B.weight",
     ".alpha": ".alpha",
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +65,9 @@ def read_lora(path: str | Path, shapes: Mapping[str, tuple[int, ...]]) -> Lora:
         else:
             matched[name] = target
     if not matched:
-        raise ValueError(f"{path.name} is no LoRA of this model: none of its {len(unmatched)} keys fits ({_some(unmatched)})")
+        raise ValueError(
+            f"{path.name} is no LoRA of this model: none of its {len(unmatched)} keys fits ({_some(unmatched)})"
+        )
     read = read_tensors({name: source.tensors[name] for name in matched})
     tensors = {target: read[name] for name, target in matched.items()}
     _check_shapes(path, tensors, shapes)

@@ -71,9 +71,15 @@ class K5CLIP(comfy.sd.CLIP):
         return made
 
     def tokenize(
-        self, text: str, return_word_ids: bool = False, *, images: Sequence[Tensor] = (), task: str | None = None,
-        edit_template: str = "snapshot", **_: Any,
-    ) -> dict[str, Any]:  # fmt: skip
+        self,
+        text: str,
+        return_word_ids: bool = False,
+        *,
+        images: Sequence[Tensor] = (),
+        task: str | None = None,
+        edit_template: str = "snapshot",
+        **_: Any,
+    ) -> dict[str, Any]:
         """What `encode_from_tokens` takes; images (H, W, 3) belong to an edit."""
         task = task or TASKS[self.kind]
         return {"k5": {"text": text, "task": task, "images": list(images), "edit_template": edit_template}}
@@ -93,9 +99,12 @@ class K5CLIP(comfy.sd.CLIP):
         """Encoded text on ComfyUI's intermediate device, fp32."""
         comfy.model_management.load_models_gpu([self.patcher], force_full_load=True)
         encoded = self.encoder.encode(
-            [text], task=task, max_tokens=MAX_TOKENS[self.kind], images=[images] if images else None,
+            [text],
+            task=task,
+            max_tokens=MAX_TOKENS[self.kind],
+            images=[images] if images else None,
             edit_template=edit_template,
-        )  # fmt: skip
+        )
         return encoded.trimmed().to(comfy.model_management.intermediate_device(), torch.float32)
 
     def load_model(self, tokens: dict[str, Any] | None = None) -> Any:
@@ -118,7 +127,11 @@ def load_clip(qwen: Path, clip: Path, kind: str, *, bundled: bool = False) -> K5
     device = comfy.model_management.text_encoder_device()
     dtype = comfy.model_management.text_encoder_dtype(device)
     encoder = load_text_encoder(
-        qwen, clip, comfyui=None if bundled else folder_paths.base_path, lm_head=True, local_files_only=True,
+        qwen,
+        clip,
+        comfyui=None if bundled else folder_paths.base_path,
+        lm_head=True,
+        local_files_only=True,
         dtype=torch.float32 if comfy.model_management.is_device_cpu(device) else dtype,
-    )  # fmt: skip
+    )
     return K5CLIP(encoder, kind)

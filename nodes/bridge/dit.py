@@ -44,9 +44,14 @@ class PatchedPlan(VisualPlan):
         def chosen(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None = None) -> Tensor:
             assert key_mask is None
             return optimized_attention(
-                query, key, value, heads=query.shape[1], skip_reshape=True, skip_output_reshape=True,
+                query,
+                key,
+                value,
+                heads=query.shape[1],
+                skip_reshape=True,
+                skip_output_reshape=True,
                 transformer_options=self.options,
-            )  # fmt: skip
+            )
 
         return chosen
 
@@ -66,21 +71,34 @@ class ComfyDiT(DiffusionTransformer):
         self._plan: tuple[object, VisualPlan] | None = None
 
     def forward(
-        self, x: Tensor, timestep: Tensor, context: Tensor, y: Tensor | None = None, *,
-        transformer_options: dict[str, Any] | None = None, **given: Tensor,
-    ) -> Tensor:  # fmt: skip
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        context: Tensor,
+        y: Tensor | None = None,
+        *,
+        transformer_options: dict[str, Any] | None = None,
+        **given: Tensor,
+    ) -> Tensor:
         options = transformer_options if transformer_options is not None else {}
-        wrappers = comfy.patcher_extension.get_all_wrappers(
-            comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, options
-        )
+        wrappers = comfy.patcher_extension.get_all_wrappers(comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, options)
         executor = comfy.patcher_extension.WrapperExecutor.new_class_executor(self.velocity, self, wrappers)
         return executor.execute(x, timestep, context, y, transformer_options=options, **given)
 
     def velocity(
-        self, x: Tensor, timestep: Tensor, context: Tensor, y: Tensor, *, transformer_options: dict[str, Any],
-        attention_mask: Tensor | None = None, k5_source: Tensor | None = None, k5_clean: Tensor | None = None,
-        k5_given: Tensor | None = None, **_: object,
-    ) -> Tensor:  # fmt: skip
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        context: Tensor,
+        y: Tensor,
+        *,
+        transformer_options: dict[str, Any],
+        attention_mask: Tensor | None = None,
+        k5_source: Tensor | None = None,
+        k5_clean: Tensor | None = None,
+        k5_given: Tensor | None = None,
+        **_: object,
+    ) -> Tensor:
         """The velocity for latents (B, 16, H, W) or (B, 16, T, H, W).
 
         Args:
@@ -150,8 +168,9 @@ def _image(
     if source is None and clean is None:
         return None
     if flat:
-        source, clean, given = (part if part is None or part.ndim == 5 else part.unsqueeze(2)
-                                for part in (source, clean, given))  # fmt: skip
+        source, clean, given = (
+            part if part is None or part.ndim == 5 else part.unsqueeze(2) for part in (source, clean, given)
+        )
     if source is not None:
         return ImageConditioning(source=source, mask=torch.ones_like(source[:, :1]))
     return replace(ImageConditioning(), clean=clean, mask=given)

@@ -178,7 +178,9 @@ def check_vae(variant: Variant, vae: Any) -> None:
         ValueError: it is of the other kind.
     """
     wanted = variant.vae.kind
-    fits = matches(vae.config, variant) if isinstance(vae, K5VAE) else vae.latent_dim == (3 if wanted == "hunyuan" else 2)
+    fits = (
+        matches(vae.config, variant) if isinstance(vae, K5VAE) else vae.latent_dim == (3 if wanted == "hunyuan" else 2)
+    )
     if not fits:
         name = {"hunyuan": "the HunyuanVideo VAE (hunyuan_video_vae)", "flux": "the FLUX VAE (ae)"}[wanted]
         raise ValueError(f"vae is not for {variant.name}; load {name}")

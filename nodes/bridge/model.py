@@ -16,12 +16,19 @@ import torch
 from torch import Tensor
 
 from ...kandinsky5_core.config import Variant
+from ...kandinsky5_core.sampling.schedule import shifted
 from ...kandinsky5_core.weights.load import fill_module, identify_wanted
 from .dit import ComfyDiT
 from .latent_format import latent_format_for
 
 TIMESTEPS = 50_400
 """Entries of the sigma table: divisible by all usual step counts, so that `simple` gives the official schedule."""
+
+
+def set_shift(sampling: torch.nn.Module, shift: float) -> None:
+    """Give ComfyUI's flow sampling that shift, on a table whose levels are the official schedule's, bit by bit."""
+    sampling.set_parameters(shift=shift, timesteps=TIMESTEPS, multiplier=1000)
+    sampling.register_buffer("sigmas", shifted(torch.arange(1, TIMESTEPS + 1) / TIMESTEPS, shift))
 
 
 class K5ModelConfig(comfy.supported_models.Kandinsky5):
@@ -43,7 +50,7 @@ class K5Model(comfy.model_base.Kandinsky5):
     def __init__(self, config: K5ModelConfig, dit: ComfyDiT) -> None:
         comfy.model_base.BaseModel.__init__(self, config, comfy.model_base.ModelType.FLOW)
         self.diffusion_model = dit.requires_grad_(False).eval()
-        self.model_sampling.set_parameters(shift=dit.variant.sampling.shift, timesteps=TIMESTEPS, multiplier=1000)
+        set_shift(self.model_sampling, dit.variant.sampling.shift)
 
     @property
     def variant(self) -> Variant:

@@ -23,9 +23,7 @@ def kept_canvas(variant: Variant, size: tuple[int, int]) -> Canvas:
     """The whole picture on a frame that the variant can take."""
     check_ratio(*size)
     largest = max(height * width for height, width in variant.resolutions)
-    work = kept_size(
-        *size, max_area=variant.max_area, largest_area=largest, multiple=2 * variant.vae.spatial_ratio
-    )
+    work = kept_size(*size, max_area=variant.max_area, largest_area=largest, multiple=2 * variant.vae.spatial_ratio)
     check_side(*work)
     return keep(size, work)
 
@@ -57,7 +55,9 @@ def edit_inputs(variant: Variant, vae: Any, image: Tensor, fit: str, batch: int)
     check_vae(variant, vae)
     size = tuple(image.shape[1:3])
     check_ratio(*size)
-    canvas = kept_canvas(variant, size) if fit == "keep" else cover(size, nearest_resolution(*size, variant.resolutions))
+    canvas = (
+        kept_canvas(variant, size) if fit == "keep" else cover(size, nearest_resolution(*size, variant.resolutions))
+    )
     shown = canvas.to_work(image[:1, ..., :3].float()).clamp(0, 1)
     source = vae.encode(shown)
     source = source[:, :, 0] if source.ndim == 5 else source
@@ -74,9 +74,15 @@ class InpaintInputs:
 
 
 def inpaint_inputs(
-    variant: Variant, vae: Any, image: Tensor, mask: Tensor | None, *, grow: int, feather: int,
+    variant: Variant,
+    vae: Any,
+    image: Tensor,
+    mask: Tensor | None,
+    *,
+    grow: int,
+    feather: int,
     outpaint: tuple[int, int, int, int],
-) -> InpaintInputs:  # fmt: skip
+) -> InpaintInputs:
     """As the core's `encode_inputs` does for masks.
 
     Raises:
@@ -116,7 +122,9 @@ def paste_back(image: Tensor, base: Tensor, alpha: Tensor) -> Tensor:
     if tuple(alpha.shape[1:]) != tuple(base.shape[1:3]):
         raise ValueError(f"alpha is {tuple(alpha.shape[1:])} and base {tuple(base.shape[1:3])}; take both from Inpaint")
     if len(image) % len(base):
-        raise ValueError(f"image has {len(image)} frames and base {len(base)}; the first must be a multiple of the second")
+        raise ValueError(
+            f"image has {len(image)} frames and base {len(base)}; the first must be a multiple of the second"
+        )
     canvas = keep(tuple(base.shape[1:3]), tuple(image.shape[1:3]))
     result = canvas.from_work(image[..., :3].float())
     return composite(result.unflatten(0, (-1, len(base))), base, alpha).flatten(0, 1)

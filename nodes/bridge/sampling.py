@@ -18,7 +18,7 @@ from ...kandinsky5_core.sampling.first_frame import normalise_first_frames
 from ...kandinsky5_core.sampling.noise import initial_noise
 from ...kandinsky5_core.sampling.schedule import flow_schedule
 from ...kandinsky5_core.shapes import LatentShape
-from .model import TIMESTEPS
+from .model import set_shift
 
 SAMPLER_NAMES: tuple[str, ...] = tuple(comfy.samplers.KSampler.SAMPLERS)
 SCHEDULES: tuple[str, ...] = tuple(comfy.samplers.KSampler.SCHEDULERS)
@@ -66,7 +66,7 @@ def with_shift(model: Any, shift: float) -> Any:
         pass
 
     sampling = Sampling(model.model.model_config)
-    sampling.set_parameters(shift=shift, timesteps=TIMESTEPS, multiplier=1000)
+    set_shift(sampling, shift)
     patched = model.clone()
     patched.add_object_patch("model_sampling", sampling)
     return patched
@@ -98,11 +98,22 @@ def run_sampler(model: Any, positive: Any, negative: Any, latent: dict[str, Any]
     if settings.scheduler == "simple":
         sigmas = flow_schedule(settings.steps, settings.shift, settings.denoise)
     made = comfy.sample.sample(
-        model, rows_of_noise(samples.shape, settings.seed), settings.steps, settings.guidance, settings.sampler_name,
-        settings.scheduler, positive, negative, samples, denoise=settings.denoise, sigmas=sigmas,
-        noise_mask=latent.get("noise_mask"), callback=latent_preview.prepare_callback(model, settings.steps),
-        disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED, seed=settings.seed,
-    )  # fmt: skip
+        model,
+        rows_of_noise(samples.shape, settings.seed),
+        settings.steps,
+        settings.guidance,
+        settings.sampler_name,
+        settings.scheduler,
+        positive,
+        negative,
+        samples,
+        denoise=settings.denoise,
+        sigmas=sigmas,
+        noise_mask=latent.get("noise_mask"),
+        callback=latent_preview.prepare_callback(model, settings.steps),
+        disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+        seed=settings.seed,
+    )
     return {"samples": finished(model, made, positive)}
 
 

@@ -65,9 +65,10 @@ class K5VAE(comfy.sd.VAE):
         self.vae_dtype = dtype
         comfy.model_management.archive_model_dtypes(self.first_stage_model)
         self.patcher = comfy.model_patcher.ModelPatcher(
-            self.first_stage_model, load_device=self.device,
+            self.first_stage_model,
+            load_device=self.device,
             offload_device=comfy.model_management.vae_offload_device(),
-        )  # fmt: skip
+        )
         self.model_size()
 
     @property
@@ -119,9 +120,11 @@ def _bytes(config: VAEConfig, shape: tuple[int, ...], dtype: torch.dtype, *, enc
         frames = (frames - 1) // config.temporal_ratio + 1
         height, width = height // config.spatial_ratio, width // config.spatial_ratio
     return activation_bytes(
-        (1, config.latent_channels, frames, height, width), config, direction="encode" if encode else "decode",
+        (1, config.latent_channels, frames, height, width),
+        config,
+        direction="encode" if encode else "decode",
         bytes_per_element=dtype.itemsize,
-    )  # fmt: skip
+    )
 
 
 def load_vae(path: Path) -> K5VAE:

@@ -8,12 +8,21 @@ from pathlib import Path
 from typing import Any
 
 FLAGS = (
-    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync",
-)  # fmt: skip
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
 READY = "() => window.app && window.app.graph && window.app.extensionManager && document.querySelector('#graph-canvas')"
 LAYERS = """
 () => {
+  // What a user opens must give what the thumbnail shows.
+  window.app.graph._nodes.forEach(node => (node.widgets || []).forEach(widget => {
+    if (widget.name === 'control_after_generate') widget.value = 'fixed';
+  }));
   const graph = window.app.graph, depth = new Map(), nodes = graph._nodes;
   const inputsOf = node => (node.inputs || []).map(i => i.link).filter(l => l != null)
       .map(l => graph.getNodeById((graph.links.get ? graph.links.get(l) : graph.links[l]).origin_id));
@@ -67,10 +76,16 @@ class Browser:
         self.page = self._browser.new_page(viewport={"width": 1600, "height": 1000})
         self.errors: list[str] = []
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
-        self.page.request.post(f"{self.url}/settings", data={
-            "Comfy.TutorialCompleted": True, "Comfy.Locale": self.locale, "Comfy.InstalledVersion": "9.9.9",
-            "Comfy.Workflow.ShowMissingNodesWarning": False, "Comfy.Workflow.ShowMissingModelsWarning": False,
-        })  # fmt: skip
+        self.page.request.post(
+            f"{self.url}/settings",
+            data={
+                "Comfy.TutorialCompleted": True,
+                "Comfy.Locale": self.locale,
+                "Comfy.InstalledVersion": "9.9.9",
+                "Comfy.Workflow.ShowMissingNodesWarning": False,
+                "Comfy.Workflow.ShowMissingModelsWarning": False,
+            },
+        )
         self.page.goto(self.url)
         self.page.wait_for_function(READY, timeout=90_000)
         self.page.wait_for_timeout(1500)
@@ -107,18 +122,16 @@ class Browser:
         """What the run button would send."""
         return self.page.evaluate("async () => (await window.app.graphToPrompt()).output")
 
-    def run(self, timeout_ms: int = 240_000) -> None:
-        """Press the run button and wait until the queue is empty."""
-        done = "async () => (await (await fetch('/history')).json())"
-        before = len(self.page.evaluate(done))
-        self.page.locator('[data-testid="queue-button"]').first.click()
+    def run(self, timeout_ms: int = 240_000) -> dict[str, Any]:
+        """Press the run button and wait for the end; the history entry of the prompt."""
+        with self.page.expect_response(lambda answer: answer.url.endswith("/prompt")) as asked:
+            self.page.locator('[data-testid="queue-button"]').first.click()
+        prompt_id = asked.value.json()["prompt_id"]
         self.page.wait_for_function(
-            "async (n) => { const h = await (await fetch('/history')).json();"
-            " const q = await (await fetch('/queue')).json();"
-            " return Object.keys(h).length > n && !q.queue_running.length && !q.queue_pending.length; }",
-            arg=before, timeout=timeout_ms,
-        )  # fmt: skip
+            "async (id) => id in (await (await fetch('/history/' + id)).json())", arg=prompt_id, timeout=timeout_ms
+        )
         self.page.wait_for_timeout(800)
+        return self.page.request.get(f"{self.url}/history/{prompt_id}").json()[prompt_id]
 
     def fit(self) -> None:
         """Show the whole graph."""

@@ -1,8 +1,10 @@
-"""Checks that run inside ComfyUI's Python (see in_comfyui.py). Each gets the pack's nodes module and its name."""
+"""Checks that run inside ComfyUI's Python (see in_comfyui.py). Each gets the pack's name and an empty folder."""
 
 import importlib
 
 import torch
+
+PROMPT = "a big red circle moves left on a black background"
 
 
 def core(name, module):
@@ -20,48 +22,181 @@ def load_video(name):
     return files, model, clip
 
 
-def check_parity(pack, name):
+def encode(clip, text):
+    import nodes
+
+    return nodes.CLIPTextEncode().encode(clip, text)[0]
+
+
+def relative_error(found, expected):
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+def check_parity(name, folder):
     """KSampler, euler and simple at the variant's shift: the same latents as the core's sampler."""
     import nodes
 
     files, model, clip = load_video(name)
     pipeline, request = core(name, "pipeline"), core(name, "request")
     models = core(name, "loading").load_files(files)
-    prompt = "a big red circle moves left on a black background"
-    positive = nodes.CLIPTextEncode().encode(clip, prompt)[0]
-    negative = nodes.CLIPTextEncode().encode(clip, "")[0]
-    latent = {"samples": torch.zeros(1, 16, 5, 8, 8)}
-    (theirs,) = nodes.KSampler().sample(model, 7, 20, 3.0, "euler", "simple", positive, negative, latent)
-    resolved = request.resolve(request.Request(prompt=prompt, seed=7), files.variant)
-    shape = core(name, "shapes").LatentShape(1, 16, 5, 8, 8)
-    with torch.no_grad():
-        ours = pipeline.sample_latents(models, resolved, shape, *pipeline.encode_prompts(models, resolved))
-    ours = ours / files.variant.vae.scaling_factor
-    error = float((theirs["samples"] - ours).abs().max() / ours.abs().max())
-    assert error < 1e-4, error
-    print("parity", error)
+    for seed, steps in ((7, 20), (8, 16), (9, 50)):
+        latent = {"samples": torch.zeros(1, 16, 5, 8, 8)}
+        (theirs,) = nodes.KSampler().sample(
+            model, seed, steps, 3.0, "euler", "simple", encode(clip, PROMPT), encode(clip, ""), latent
+        )
+        resolved = request.resolve(request.Request(prompt=PROMPT, seed=seed, num_steps=steps), files.variant)
+        shape = core(name, "shapes").LatentShape(1, 16, 5, 8, 8)
+        with torch.no_grad():
+            ours = pipeline.sample_latents(models, resolved, shape, *pipeline.encode_prompts(models, resolved))
+        error = relative_error(theirs["samples"], ours / files.variant.vae.scaling_factor)
+        assert error < 1e-4, (steps, error)
 
 
-def check_debug(pack, name):
-    import comfy.samplers
-
+def check_image_to_video(name, folder):
+    """Held frames: the sample node equals the core; KSampler returns what was given."""
     import nodes
+
     files, model, clip = load_video(name)
+    vae = bridge(name, "vae").load_vae(files.vae)
     pipeline, request = core(name, "pipeline"), core(name, "request")
     models = core(name, "loading").load_files(files)
-    prompt = "a big red circle moves left on a black background"
-    resolved = request.resolve(request.Request(prompt=prompt, seed=7), files.variant)
-    pos, neg = pipeline.encode_prompts(models, resolved)
-    c = nodes.CLIPTextEncode().encode(clip, prompt)[0]
-    print("text", (c[0][0]-pos.trimmed().embeds).abs().max(), (c[0][1]["pooled_output"]-pos.pooled).abs().max(), c[0][0].shape)
-    sig = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", 20)
-    mine = core(name, "sampling.schedule").flow_schedule(20, 3.0)
-    print("sig", (sig-mine).abs().max(), (sig*1000-mine*1000).abs().max())
-    x = torch.randn(1,16,5,8,8)
-    g = core(name, "sampling.guidance")
-    plan = core(name, "dit.plan").plan_visual(files.variant.dit, (5,4,4), files.variant.rope_scale)
-    v = g.guided_velocity(models.dit, pos, None, 1.0, plan)(x, torch.tensor(0.7))
-    w = model.model.diffusion_model(x, torch.tensor([700.0]), c[0][0], c[0][1]["pooled_output"])
-    print("velocity", (v-w).abs().max()/v.abs().max())
-    d = model.model.apply_model(x, torch.tensor([0.7]), c_crossattn=c[0][0], y=c[0][1]["pooled_output"])
-    print("denoised", ((x - 0.7*v) - d).abs().max())
+    frames, sampling = bridge(name, "frames"), bridge(name, "sampling")
+    picture = torch.rand(64, 64, 3, generator=torch.Generator().manual_seed(1))
+    resolved = request.resolve(request.Request(prompt=PROMPT, task="i2v", image=picture, seed=5), files.variant)
+    shape = core(name, "shapes").LatentShape(1, 16, 5, 8, 8)
+    with torch.no_grad():
+        inputs = core(name, "inputs").encode_inputs(models, resolved, shape)
+        ours = pipeline.sample_latents(models, resolved, shape, *pipeline.encode_prompts(models, resolved), inputs)
+    scale = files.variant.vae.scaling_factor
+    held = frames.GivenFrames.of_pictures(files.variant, vae, {0: picture}, 0, 0, 0)
+    assert relative_error(held.clean * scale, inputs.image.clean) < 1e-5
+    positive, negative = frames.with_given(held, encode(clip, PROMPT), encode(clip, ""))
+    settings = sampling.SampleSettings.of(
+        files.variant,
+        model,
+        steps=0,
+        guidance=0.0,
+        shift=0.0,
+        denoise=1.0,
+        seed=5,
+        sampler_name="euler",
+        scheduler="simple",
+    )
+    made = sampling.run_sampler(model, positive, negative, held.empty(1), settings)
+    assert relative_error(made["samples"] * scale, ours) < 1e-4
+    (stock,) = nodes.KSampler().sample(model, 5, 20, 3.0, "euler", "simple", positive, negative, held.empty(1))
+    assert relative_error(stock["samples"][:, :, :1], held.clean[:, :, :1]) < 1e-4
+
+
+def check_native_nabla(name, folder):
+    """On ComfyUI's own Kandinsky 5 class: mass 1 equals dense attention, less mass does not, our DiT agrees."""
+    import comfy.sd
+    from safetensors.torch import save_file
+
+    config = core(name, "config").DiTConfig(
+        model_dim=1792, ff_dim=256, time_dim=32, num_text_blocks=1, num_visual_blocks=2, axes_dims=(16, 24, 24)
+    )
+    dit = core(name, "dit.model").DiffusionTransformer(config)
+    generator = torch.Generator().manual_seed(3)
+    for parameter in dit.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.02
+    save_file(dit.state_dict(), folder / "native.safetensors")
+    model = comfy.sd.load_diffusion_model(str(folder / "native.safetensors"), model_options={"dtype": torch.float32})
+    x = torch.randn(1, 16, 3, 32, 32, generator=generator)
+    given = {
+        "c_concat": torch.zeros(1, 17, 3, 32, 32),
+        "c_crossattn": torch.randn(1, 6, 3584, generator=generator),
+        "y": torch.randn(1, 768, generator=generator),
+    }
+
+    def denoised(patched):
+        options = patched.model_options["transformer_options"].copy()
+        options["wrappers"] = patched.wrappers
+        with torch.no_grad():
+            return patched.model.apply_model(x, torch.tensor([0.7]), transformer_options=options, **given)
+
+    patch = bridge(name, "attention").patch_attention
+    dense = denoised(model.clone())
+    full = denoised(patch(model, "nabla", 1.0, (11, 3, 3)))
+    sparse = denoised(patch(model, "nabla", 0.3, (1, 1, 1)))
+    assert relative_error(full, dense) < 2e-3, relative_error(full, dense)
+    assert relative_error(sparse, dense) > relative_error(full, dense)
+
+
+def check_merge_and_save(name, folder):
+    """ModelMergeSimple gives the mean; ModelSave's file loads again, here and in ComfyUI's key layout."""
+    import comfy.sd
+    from comfy_extras.nodes_model_merging import ModelMergeSimple
+
+    files, model, _ = load_video(name)
+    other = model.clone()
+    key = "diffusion_model.visual_transformer_blocks.0.feed_forward.in_layer.weight"
+    (merged,) = ModelMergeSimple().merge(model, other, 0.5)
+    merged.patch_model()
+    merged.unpatch_model()
+    target = folder / "saved.safetensors"
+    comfy.sd.save_checkpoint(str(target), merged)
+    load = importlib.import_module(f"{name}.nodes.bridge.model").load_model
+    again = load(target, files.variant, torch.float32)
+    assert torch.equal(again.model.state_dict()[key], model.model.state_dict()[key])
+    info = core(name, "weights.detect").inspect_file(target)
+    assert info.kind == "dit" and info.variant == "nano-video"
+
+
+def check_lora_formats(name, folder):
+    """Every key convention gives the same change; foreign files are refused; left-over keys are counted."""
+    from safetensors.torch import save_file
+
+    _, model, _ = load_video(name)
+    apply_file = bridge(name, "lora").apply_file
+    module = "visual_transformer_blocks.1.self_attention.to_query"
+    generator = torch.Generator().manual_seed(2)
+    down, up = torch.randn(4, 192, generator=generator), torch.randn(192, 4, generator=generator)
+    expected = 0.5 * (up @ down) * 2.0  # strength 0.5, alpha/rank 2
+    alpha = {"lora_alpha": "8"}
+    forms = {
+        "official": (
+            {
+                f"base_model.model.{module}.lora_A.default.weight": down,
+                f"base_model.model.{module}.lora_B.default.weight": up,
+            },
+            {**alpha, "trigger": "zoom right"},
+        ),
+        "diffusers": ({f"transformer.{module}.lora_A.weight": down, f"transformer.{module}.lora_B.weight": up}, alpha),
+        "comfyui": (
+            {f"diffusion_model.{module}.lora_A.weight": down, f"diffusion_model.{module}.lora_B.weight": up},
+            alpha,
+        ),
+        "kohya": (
+            {
+                f"lora_unet_{module.replace('.', '_')}.lora_down.weight": down,
+                f"lora_unet_{module.replace('.', '_')}.lora_up.weight": up,
+                f"lora_unet_{module.replace('.', '_')}.alpha": torch.tensor(8.0),
+            },
+            {},
+        ),
+    }
+    key = f"diffusion_model.{module}.weight"
+    base = model.model.state_dict()[key].clone()
+    for form, (tensors, metadata) in forms.items():
+        save_file(tensors, folder / f"{form}.safetensors", metadata=metadata)
+        patched, told = apply_file(model, folder / f"{form}.safetensors", 0.5)
+        patched.patch_model()
+        change = patched.model.state_dict()[key] - base
+        patched.unpatch_model()
+        assert relative_error(change, expected) < 1e-4, form
+        assert told.trigger == ("zoom right" if form == "official" else "")
+    odd = {**forms["diffusers"][0], "transformer.no_such_layer.lora_A.weight": down.clone()}
+    save_file(odd, folder / "odd.safetensors")
+    assert "1 keys do not fit" in apply_file(model, folder / "odd.safetensors", 1.0)[1].line
+    for tensors, message in (
+        ({"lora_unet_down_blocks_0.lora_down.weight": down}, "none of its 1 keys fits"),
+        ({f"transformer.{module}.lora_A.weight": torch.zeros(4, 77)}, "LoRA of another model"),
+    ):
+        save_file(tensors, folder / "bad.safetensors")
+        try:
+            apply_file(model, folder / "bad.safetensors", 1.0)
+        except ValueError as error:
+            assert message in str(error), error
+        else:
+            raise AssertionError(message)

@@ -26,7 +26,17 @@ from websockets.sync.client import connect
 PACK = Path(__file__).parents[2]
 STARTUP_SECONDS = 180
 RUN_SECONDS = 300
-PACKED = ("__init__.py", "kandinsky5_core", "nodes", "train", "web", "locales", "workflows", "pyproject.toml", "subgraphs")
+PACKED = (
+    "__init__.py",
+    "kandinsky5_core",
+    "nodes",
+    "train",
+    "web",
+    "locales",
+    "workflows",
+    "pyproject.toml",
+    "subgraphs",
+)
 
 
 def comfyui_path() -> Path | None:
@@ -69,8 +79,13 @@ class Run:
 class ComfyServer:
     """One server in a base directory of its own; a context manager."""
 
-    def __init__(self, folder_name: str = "ComfyUI-Kandinsky-5.0", *, beside: dict[str, str] | None = None,
-                 parent: str | None = None) -> None:  # fmt: skip
+    def __init__(
+        self,
+        folder_name: str = "ComfyUI-Kandinsky-5.0",
+        *,
+        beside: dict[str, str] | None = None,
+        parent: str | None = None,
+    ) -> None:
         """
         Args:
             folder_name: What the pack's folder is called.
@@ -95,15 +110,31 @@ class ComfyServer:
             self.port = free.getsockname()[1]
         self.log_path = self.base / "log.txt"
         command = [
-            comfyui_python(self.comfyui), "-u", "main.py", "--cpu", "--listen", "127.0.0.1", "--port", str(self.port),
-            "--base-directory", str(self.base), "--database-url", f"sqlite:///{self.base / 'comfyui.db'}",
-            "--disable-auto-launch", "--preview-method", "latent2rgb",
-        ]  # fmt: skip
+            comfyui_python(self.comfyui),
+            "-u",
+            "main.py",
+            "--cpu",
+            "--listen",
+            "127.0.0.1",
+            "--port",
+            str(self.port),
+            "--base-directory",
+            str(self.base),
+            "--database-url",
+            f"sqlite:///{self.base / 'comfyui.db'}",
+            "--disable-auto-launch",
+            "--preview-method",
+            "latent2rgb",
+        ]
         with self.log_path.open("wb") as log:
             self.process = subprocess.Popen(
-                command, cwd=self.comfyui, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+                command,
+                cwd=self.comfyui,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
                 env={**os.environ, "HF_HUB_OFFLINE": "1"},
-            )  # fmt: skip
+            )
         try:
             self._wait_until_ready()
         except BaseException:

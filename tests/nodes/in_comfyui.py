@@ -1,6 +1,6 @@
 """Run inside ComfyUI's Python: loads the pack as ComfyUI does, without its server.
 
-`<python> in_comfyui.py <ComfyUI> <pack folder> <check>` runs the function `check_<name>` of `checks.py`.
+`<python> in_comfyui.py <ComfyUI> <pack folder> <check> <empty folder>` runs `check_<check>` of `checks.py`.
 """
 
 import asyncio
@@ -21,7 +21,7 @@ def load_pack(folder: Path, name: str = "custom_nodes.some-pack.v1"):
 
 
 def main() -> None:
-    comfyui, pack, check = sys.argv[1:4]
+    comfyui, pack, check, folder = sys.argv[1:5]
     sys.path.insert(0, comfyui)
     sys.argv = [sys.argv[0], "--cpu"]
     import comfy.options
@@ -29,16 +29,17 @@ def main() -> None:
     comfy.options.enable_args_parsing()
     import nodes
 
-    asyncio.run(nodes.init_extra_nodes(init_custom_nodes=False))
+    before = list(sys.path)
     module = load_pack(Path(pack))
     extension = asyncio.run(module.comfy_entrypoint())
     classes = asyncio.run(extension.get_node_list())
+    assert sys.path == before
     for node in classes:
         nodes.NODE_CLASS_MAPPINGS[node.define_schema().node_id] = node
     spec = importlib.util.spec_from_file_location("checks", Path(__file__).parent / "checks.py")
     checks = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(checks)
-    getattr(checks, f"check_{check}")(sys.modules[module.__name__ + ".nodes"], module.__name__)
+    getattr(checks, f"check_{check}")(module.__name__, Path(folder))
     print("OK", check)
 
 

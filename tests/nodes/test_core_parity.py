@@ -1,0 +1,23 @@
+"""Inside ComfyUI's Python, without its server: the same numbers as the core."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.nodes.comfy_server import PACK, comfyui_python
+
+SCRIPT = Path(__file__).parent / "in_comfyui.py"
+
+
+@pytest.mark.parametrize("check", ["parity", "image_to_video", "native_nabla", "merge_and_save", "lora_formats"])
+def test_in_comfyui(comfyui, check, tmp_path):
+    done = subprocess.run(
+        [comfyui_python(comfyui), str(SCRIPT), str(comfyui), str(PACK), check, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert f"OK {check}" in done.stdout
