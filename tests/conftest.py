@@ -1,9 +1,47 @@
-"""Settings of every test process."""
+"""Settings of every test process, and the ComfyUI that some tests need: found, started once, or skipped."""
 
 import os
 
+import pytest
 import torch
+
+REASON = "no ComfyUI at $COMFYUI_PATH or ~/comfy/ComfyUI"
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Several workers with as many threads each would wait for one another.
     torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items):
+    """One worker for the tests that share a server."""
+    for item in items:
+        if "comfyui" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.xdist_group("comfyui"))
+
+
+@pytest.fixture(scope="session")
+def comfyui():
+    """The folder of a ComfyUI; skips without one, or fails where `K5_REQUIRE_COMFYUI` is set."""
+    from tests.nodes.comfy_server import comfyui_path
+
+    path = comfyui_path()
+    if path is None and os.environ.get("K5_REQUIRE_COMFYUI"):
+        pytest.fail(REASON)
+    if path is None:
+        pytest.skip(REASON)
+    return path
+
+
+@pytest.fixture(scope="session")
+def comfy(comfyui):
+    """A running ComfyUI with the pack."""
+    from tests.nodes.comfy_server import ComfyServer
+
+    with ComfyServer() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def info(comfy):
+    """Schemas of every node."""
+    return comfy.object_info()

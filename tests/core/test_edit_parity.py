@@ -114,4 +114,3 @@ def test_edits_equal_the_reference(guidance, monkeypatch):
     assert float(inputs.image.source.std()) > 1e-3
     expected = expected.permute(0, 4, 1, 2, 3)
     assert float((latents - expected).abs().max() / expected.abs().max()) < 2e-5
-

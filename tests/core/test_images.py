@@ -59,9 +59,7 @@ def test_inpainting_keeps_every_pixel_outside_the_mask_at_the_pictures_own_size(
 def test_feather_blends_beyond_the_mask_and_not_further(image_model):
     picture, mask = photo(64, 64), torch.zeros(64, 64)
     mask[20:40, 20:40] = 1
-    request = Request(
-        prompt=PROMPT, task="t2i", image=picture, mask=mask, mask_grow=2, mask_feather=4, num_steps=1
-    )
+    request = Request(prompt=PROMPT, task="t2i", image=picture, mask=mask, mask_grow=2, mask_feather=4, num_steps=1)
     made = generate(image_model, request).frames[0, 0]
     changed = (made != picture).any(-1)
     assert bool(changed[17:43, 17:43].float().mean() > 0.9)
@@ -84,9 +82,7 @@ def test_editing_with_a_mask_shows_the_source_and_keeps_the_rest(edit_model):
     request = Request(prompt="make the circle red", task="i2i", image=picture, mask=mask, num_steps=1)
     inputs, resolved = inputs_of(edit_model, request)
     assert inputs.image.source is not None and bool((inputs.image.mask == 1).all())
-    torch.testing.assert_close(
-        inputs.image.source, encode_frames(edit_model, picture[None], BUDGET), atol=1e-6, rtol=0
-    )
+    torch.testing.assert_close(inputs.image.source, encode_frames(edit_model, picture[None], BUDGET), atol=1e-6, rtol=0)
     assert resolved.fit == "keep"
     made = generate(edit_model, request).frames[0, 0]
     assert torch.equal(made[:, :48], picture[:, :48])

@@ -127,11 +127,13 @@ class Browser:
         with self.page.expect_response(lambda answer: answer.url.endswith("/prompt")) as asked:
             self.page.locator('[data-testid="queue-button"]').first.click()
         prompt_id = asked.value.json()["prompt_id"]
-        self.page.wait_for_function(
-            "async (id) => id in (await (await fetch('/history/' + id)).json())", arg=prompt_id, timeout=timeout_ms
-        )
-        self.page.wait_for_timeout(800)
-        return self.page.request.get(f"{self.url}/history/{prompt_id}").json()[prompt_id]
+        for _ in range(timeout_ms // 200):
+            found = self.page.request.get(f"{self.url}/history/{prompt_id}").json()
+            if prompt_id in found:
+                self.page.wait_for_timeout(800)
+                return found[prompt_id]
+            self.page.wait_for_timeout(200)
+        raise TimeoutError(f"the prompt did not end in {timeout_ms} ms")
 
     def fit(self) -> None:
         """Show the whole graph."""

@@ -200,3 +200,35 @@ def check_lora_formats(name, folder):
             assert message in str(error), error
         else:
             raise AssertionError(message)
+
+
+def check_missing_package(name, folder):
+    """A package that cannot be imported hides the nodes that need it, and one line says how to get it."""
+    import logging
+    import sys
+
+    nodes = sys.modules[f"{name}.nodes"]
+    every = {node.__name__ for node in nodes.load_nodes()}
+    for module in [
+        key for key in sys.modules if key.startswith((f"{name}.nodes.edit", f"{name}.nodes.bridge.pictures"))
+    ]:
+        del sys.modules[module]
+    for module in [key for key in sys.modules if key.startswith(f"{name}.kandinsky5_core.inputs")]:
+        del sys.modules[module]
+    lines = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logging.getLogger(f"{name}.nodes").addHandler(handler)
+    finder = type("Block", (), {"find_spec": staticmethod(_no_inputs(f"{name}.kandinsky5_core.inputs"))})
+    sys.meta_path.insert(0, finder)
+    left = {node.__name__ for node in nodes.load_nodes()}
+    assert every - left == {"K5EditConditioning", "K5Inpaint", "K5PasteBack"}, every - left
+    assert len(lines) == 1 and "pip install surely-missing" in lines[0], lines
+
+
+def _no_inputs(blocked):
+    def find_spec(module, path=None, target=None):
+        if module == blocked:
+            raise ModuleNotFoundError("No module named 'surely-missing'", name="surely-missing")
+
+    return find_spec

@@ -10,7 +10,9 @@ from tests.nodes.comfy_server import PACK, comfyui_python
 SCRIPT = Path(__file__).parent / "in_comfyui.py"
 
 
-@pytest.mark.parametrize("check", ["parity", "image_to_video", "native_nabla", "merge_and_save", "lora_formats"])
+@pytest.mark.parametrize(
+    "check", ["parity", "image_to_video", "native_nabla", "merge_and_save", "lora_formats", "missing_package"]
+)
 def test_in_comfyui(comfyui, check, tmp_path):
     done = subprocess.run(
         [comfyui_python(comfyui), str(SCRIPT), str(comfyui), str(PACK), check, str(tmp_path)],

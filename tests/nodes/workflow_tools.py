@@ -20,7 +20,7 @@ def filled(workflow: Workflow, info: dict[str, Any]) -> Workflow:
             choices = kind if isinstance(kind, list) else options.get("options")
             if "default" in options and not options.get("forceInput"):
                 node["inputs"][name] = options["default"]
-            elif choices:
+            elif choices and isinstance(choices[0], str):
                 node["inputs"][name] = choices[0]
     return made
 

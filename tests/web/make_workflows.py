@@ -36,9 +36,10 @@ def main(names: list[str]) -> None:
 
 def make(server: ComfyServer, browser: Browser, name: str, spec: Spec, info: dict[str, Any]) -> None:
     """Write the three files of one workflow."""
-    api = filled(spec.nodes, info)
+    graph = browser.laid_out(filled(spec.nodes, info), spec.note)
+    browser.load(graph)
+    api = {key: {"class_type": node["class_type"], "inputs": node["inputs"]} for key, node in browser.api().items()}
     run = server.run(api)
-    graph = browser.laid_out(api, spec.note)
     (FOLDER / f"{name}.json").write_text(json.dumps(graph, indent=1) + "\n", encoding="utf-8")
     (FOLDER / "api" / f"{name}.json").write_text(json.dumps(api, indent=1) + "\n", encoding="utf-8")
     picture_of(server, run.outputs["6" if "6" in run.outputs else "8"]).save(FOLDER / f"{name}.jpg", quality=85)

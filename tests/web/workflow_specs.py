@@ -57,7 +57,7 @@ def _video(prompt: str, **extra: dict[str, Any]) -> dict[str, dict[str, Any]]:
         "2": node("K5EncodePrompts", clip=["1", 1], positive=prompt, negative=""),
         "4": node("K5Sample", model=["1", 0], positive=["2", 0], negative=["2", 1], latent=["3", 0], seed=7),
         "5": node("K5DecodeVideo", latent=["4", 0], vae=["1", 2], fps=8.0),
-        "6": node("SaveVideo", video=["5", 0], filename_prefix="kandinsky5/video", format="auto", codec="auto"),
+        "6": node("SaveVideo", video=["5", 0], filename_prefix="kandinsky5/video", format="auto"),
         **extra,
     }
 
@@ -141,9 +141,7 @@ SPECS: dict[str, Spec] = {
                 "14": node("K5DecodeVideo", latent=["13", 0], vae=["1", 2], fps=8.0),
                 "15": node("ImageFromBatch", image=["14", 1], batch_index=0, length=13),
                 "16": node("CreateVideo", images=["15", 0], fps=8.0),
-                "17": node(
-                    "SaveVideo", video=["16", 0], filename_prefix="kandinsky5/loop", format="auto", codec="auto"
-                ),
+                "17": node("SaveVideo", video=["16", 0], filename_prefix="kandinsky5/loop", format="auto"),
             },
         ),
     ),
@@ -170,7 +168,7 @@ SPECS: dict[str, Spec] = {
                 "9": node("K5DecodeVideo", latent=["8", 0], vae=["1", 2], fps=8.0),
                 "10": node("K5JoinVideo", clip=["5", 1], piece=["9", 1], overlap=5),
                 "11": node("CreateVideo", images=["10", 0], fps=8.0),
-                "6": node("SaveVideo", video=["11", 0], filename_prefix="kandinsky5/long", format="auto", codec="auto"),
+                "6": node("SaveVideo", video=["11", 0], filename_prefix="kandinsky5/long", format="auto"),
             },
         ),
     ),
@@ -297,7 +295,7 @@ SPECS: dict[str, Spec] = {
             ),
             "6": node("VAEDecode", samples=["5", 0], vae=["1", 2]),
             "7": node("CreateVideo", images=["6", 0], fps=8.0),
-            "8": node("SaveVideo", video=["7", 0], filename_prefix="kandinsky5/stock", format="auto", codec="auto"),
+            "8": node("SaveVideo", video=["7", 0], filename_prefix="kandinsky5/stock", format="auto"),
         },
     ),
 }

@@ -1,0 +1,83 @@
+"""In headless Chromium: workflows open and run from the button, nodes show their text, sizes are picked, locales, help."""
+
+import json
+
+import pytest
+
+from kandinsky5_core.config import VARIANTS
+from tests.nodes.browser import Browser, chromium
+from tests.nodes.comfy_server import PACK
+
+WORKFLOWS = sorted((PACK / "workflows").glob("*.json"))
+
+
+@pytest.fixture(scope="module")
+def page(comfy):
+    if chromium() is None:
+        pytest.skip("no Chromium on the PATH or in $CHROMIUM")
+    with Browser(comfy.url) as browser:
+        yield browser
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_workflows_open_and_run_from_the_button(page, path):
+    page.load(json.loads(path.read_text()))
+    assert page.missing_nodes() == []
+    shipped = json.loads((path.parent / "api" / path.name).read_text())
+    sent = page.api()
+    assert {node["class_type"] for node in sent.values()} == {node["class_type"] for node in shipped.values()}
+    assert {key: node["inputs"] for key, node in sent.items()} == {key: node["inputs"] for key, node in shipped.items()}
+    history = page.run()
+    assert history["status"]["status_str"] == "success"
+    assert any(output.get("images") for output in history["outputs"].values())
+    assert page.errors == []
+
+
+def test_nodes_show_what_they_used(page):
+    page.load(json.loads((PACK / "workflows" / "text_to_image.json").read_text()))
+    page.page.evaluate("() => { const n = app.graph._nodes.find(n => n.type === 'K5Sample');"
+                       " n.widgets.find(w => w.name === 'seed').value = 4711; }")  # fmt: skip
+    page.run()
+    shown = page.page.evaluate(
+        "() => app.graph._nodes.find(n => n.type === 'K5Sample').widgets.find(w => w.name === 'k5_shown')?.element.value"
+    )
+    assert shown.startswith("nano-image: 20 steps, guidance 3, shift 3") and "seed 4711" in shown
+
+
+def test_a_click_on_a_size_fills_width_and_height(page):
+    page.load(json.loads((PACK / "workflows" / "text_to_video.json").read_text()))
+    values = page.page.evaluate(
+        """() => {
+          const node = app.graph._nodes.find(n => n.type === 'K5EmptyLatent');
+          const box = node.widgets.find(w => w.name === 'k5_sizes').element;
+          box.querySelector('[data-group="1024"]').click();
+          box.querySelector('[data-size="1280x768"]').click();
+          return ['width', 'height'].map(name => node.widgets.find(w => w.name === name).value);
+        }"""
+    )
+    assert values == [1280, 768]
+    assert "k5_sizes" not in json.dumps(page.api())
+
+
+def test_the_picker_offers_the_variants_resolutions():
+    text = (PACK / "web" / "sizes.js").read_text()
+    for row in VARIANTS.values():
+        assert all(f"[{width}, {height}]" in text for height, width in row.resolutions), row.name
+
+
+def test_help_page_is_served(comfy, page):
+    page.page.goto(comfy.url)
+    for node in ("K5Sample", "K5EmptyLatent"):
+        answer = page.page.request.get(f"{comfy.url}/extensions/{comfy.folder_name}/docs/{node}.md")
+        assert answer.ok and "4k+1" in answer.text() + "4k+1" * (node == "K5Sample")
+
+
+@pytest.mark.parametrize(("locale", "word"), [("ru", "Кандинский"), ("zh", "Kandinsky")])
+def test_locales(comfy, page, locale, word):
+    with Browser(comfy.url, locale=locale) as browser:
+        browser.load(json.loads((PACK / "workflows" / "text_to_video.json").read_text()))
+        name = browser.page.evaluate("() => app.graph._nodes.find(n => n.type === 'K5EmptyLatent').title")
+        told = json.loads((PACK / "locales" / locale / "nodeDefs.json").read_text())["K5EmptyLatent"]
+        shown = browser.page.evaluate("() => window.LiteGraph.registered_node_types['K5EmptyLatent'].title")
+        assert told["display_name"] in (name, shown)
+    Browser(comfy.url).__enter__().__exit__()
