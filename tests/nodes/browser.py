@@ -41,7 +41,7 @@ LAYERS = """
       const size = node.computeSize();
       node.size = [Math.max(size[0], 300), Math.max(size[1], node.size[1] > 600 ? size[1] : node.size[1])];
       node.pos = [x, y];
-      y += node.size[1] + 70; width = Math.max(width, node.size[0]);
+      y += node.size[1] + (node.type.startsWith('K5Load') ? 170 : 70); width = Math.max(width, node.size[0]);
     });
     x += width + 60;
   });
