@@ -91,6 +91,10 @@ MIXES = {
     },
     "our_shift": {"9": {"class_type": "K5Shift", "inputs": {"model": ["1", 0], "shift": 5.0}}, "6": ksampler(["9", 0])},
     "easy_cache": {"9": {"class_type": "EasyCache", "inputs": {"model": ["1", 0]}}, "6": ksampler(["9", 0], steps=8)},
+    "compile": {
+        "9": {"class_type": "TorchCompileModel", "inputs": {"model": ["1", 0], "backend": "inductor"}},
+        "6": ksampler(["9", 0]),
+    },
     "merge": {
         "9": {"class_type": "ModelMergeSimple", "inputs": {"model1": ["1", 0], "model2": ["1", 0], "ratio": 0.5}},
         "6": ksampler(["9", 0]),
@@ -220,6 +224,26 @@ def test_a_lora_of_another_model_is_refused_and_a_good_one_is_named(comfy, info)
         comfy.run(replaced(read("lora"), "7", lora_1="foreign.safetensors"))
     run = comfy.run(replaced(read("lora"), "7", lora_1="good.safetensors"))
     assert "1 layers at strength 1, rank 4; trigger: k5style" in run.outputs["7"]["text"][0]
+
+
+def test_comfyuis_own_lora_loader_changes_the_result(comfy, info):
+    import torch
+    from safetensors.torch import save_file
+
+    module = "transformer.visual_transformer_blocks.2.feed_forward.in_layer"
+    generator = torch.Generator().manual_seed(0)
+    pair = {"lora_A": torch.randn(4, 192, generator=generator), "lora_B": torch.randn(768, 4, generator=generator)}
+    save_file(
+        {f"{module}.{name}.weight": tensor for name, tensor in pair.items()},
+        comfy.base / "models" / "loras" / "stock.safetensors",
+    )
+
+    def picture(strength):
+        loader = {"model": ["1", 0], "lora_name": "stock.safetensors", "strength_model": strength}
+        flow = {**BASE, "9": {"class_type": "LoraLoaderModelOnly", "inputs": loader}, "6": ksampler(["9", 0])}
+        return comfy.view(comfy.run(filled(flow, info)).outputs["8"]["images"][0])
+
+    assert picture(0.0) != picture(1.0)
 
 
 @pytest.mark.parametrize("workflow", ["text_to_image"])
