@@ -54,6 +54,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_info(commands)
     _add_convert(commands)
     _add_score(commands)
+    _add_lora(commands)
+    _add_soup(commands)
     return parser
 
 
@@ -145,6 +147,60 @@ def _add_score(commands: argparse._SubParsersAction) -> None:
                         help="nano-video, nano-image or nano-edit; default the one made for the task")  # fmt: skip
     parser.add_argument("--json", action="store_true")
     parser.set_defaults(run=_score)
+
+
+def _add_lora(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("lora", help="merge, extract, resize, convert or describe LoRA files")
+    tools = parser.add_subparsers(dest="tool", required=True, metavar="TOOL")
+    layouts = ("official", "diffusers", "comfyui", "kohya")
+    merge = tools.add_parser("merge", help="bake a LoRA into a base model")
+    merge.add_argument("base", type=Path)
+    merge.add_argument("lora", type=Path)
+    merge.add_argument("target", type=Path)
+    merge.add_argument("--strength", type=float, default=1.0)
+    extract = tools.add_parser("extract", help="the difference of a fine-tune from its base as a LoRA")
+    extract.add_argument("base", type=Path)
+    extract.add_argument("tuned", type=Path)
+    extract.add_argument("target", type=Path)
+    extract.add_argument("--rank", type=int, default=32)
+    extract.add_argument("--layout", choices=layouts, default="diffusers")
+    extract.add_argument("--trigger", default="", help="trigger word to put into the file")
+    resize = tools.add_parser("resize", help="the same LoRA at another rank")
+    resize.add_argument("lora", type=Path)
+    resize.add_argument("target", type=Path)
+    resize.add_argument("--rank", type=int, required=True)
+    resize.add_argument("--layout", choices=layouts, help="default as in the file")
+    convert = tools.add_parser("convert", help="the same LoRA under another loader's key names")
+    convert.add_argument("lora", type=Path)
+    convert.add_argument("target", type=Path)
+    convert.add_argument("--layout", choices=layouts, required=True)
+    info = tools.add_parser("info", help="what a LoRA file is")
+    info.add_argument("lora", type=Path)
+    for tool in (merge, extract, resize, convert, info):
+        tool.add_argument("--json", action="store_true")
+        tool.set_defaults(run=_lora)
+
+
+def _add_soup(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("soup", help="average fine-tunes, or LoRAs, of one base")
+    parser.add_argument("target", type=Path)
+    parser.add_argument("parts", nargs="+", metavar="FILE[=SAMPLES]",
+                        help="fine-tunes, each with its domain's samples for --weighting size or sqrt")  # fmt: skip
+    parser.add_argument("--weighting", choices=("equal", "size", "sqrt"), default="equal")
+    parser.add_argument("--json", action="store_true")
+    parser.set_defaults(run=_soup)
+
+
+def _lora(args: argparse.Namespace) -> None:
+    from .commands import lora_command
+
+    _say(args, lora_command(args))
+
+
+def _soup(args: argparse.Namespace) -> None:
+    from .commands import soup_command
+
+    _say(args, soup_command(args))
 
 
 def _generate(args: argparse.Namespace) -> None:

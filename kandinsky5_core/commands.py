@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -22,8 +22,10 @@ from .request import NO_OUTPAINT, Request, resolve
 from .sampling.samplers import OnStep
 from .text.encoder import TextEncoder
 from .text.enhancer import enhance
+from .weights import lora_tools
 from .weights.convert import convert
 from .weights.detect import inspect_file
+from .weights.soup import Part, soup
 
 
 def generate_command(args: argparse.Namespace) -> dict[str, object]:
@@ -177,15 +179,63 @@ def info_command(path: Path) -> dict[str, object]:
     return inspect_file(path).to_dict()
 
 
-def convert_command(args: argparse.Namespace) -> None:
-    """Rewrite weights, with a bar over the tensors."""
-    bar = tqdm(desc=args.target.name, unit="tensor", file=sys.stderr)
+def lora_command(args: argparse.Namespace) -> dict[str, object]:
+    """`kandinsky5 lora TOOL`."""
+    if args.tool == "info":
+        return lora_tools.lora_info(args.lora)
+    if args.tool == "convert":
+        return lora_tools.convert_lora(args.lora, args.target, layout=args.layout)
+    if args.tool == "resize":
+        return lora_tools.resize_lora(args.lora, args.target, rank=args.rank, layout=args.layout)
+    with tensor_bar(args.target.name) as on_tensor:
+        if args.tool == "merge":
+            return lora_tools.merge_lora(
+                args.base, args.lora, args.target, strength=args.strength, on_tensor=on_tensor
+            )
+        return lora_tools.extract_lora(
+            args.base, args.tuned, args.target, rank=args.rank, layout=args.layout, trigger=args.trigger,
+            on_tensor=on_tensor,
+        )  # fmt: skip
 
-    def on_progress(done: int, total: int) -> None:
+
+def soup_command(args: argparse.Namespace) -> dict[str, object]:
+    """`kandinsky5 soup`: the share of each part."""
+    parts = [_part(text, args.weighting) for text in args.parts]
+    with tensor_bar(args.target.name) as on_tensor:
+        shares = soup(parts, args.target, weighting=args.weighting, on_tensor=on_tensor)
+    return {**shares, "target": str(args.target)}
+
+
+def _part(text: str, weighting: str) -> Part:
+    path, equals, size = text.rpartition("=")
+    if not equals:
+        path, size = text, "1"
+        if weighting != "equal":
+            raise ValueError(f"--weighting {weighting} needs the samples of each part: {text}=SAMPLES")
+    try:
+        return Part(path=Path(path), size=float(size))
+    except ValueError as error:
+        raise ValueError(f"'{text}' is not FILE=SAMPLES, such as animals.safetensors=1200") from error
+
+
+@contextmanager
+def tensor_bar(name: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar over tensors, on stderr."""
+    bar = tqdm(desc=name, unit="tensor", file=sys.stderr)
+
+    def on_tensor(done: int, total: int) -> None:
         bar.total = total
         bar.update(done - bar.n)
 
     try:
+        yield on_tensor
+    finally:
+        bar.close()
+
+
+def convert_command(args: argparse.Namespace) -> None:
+    """Rewrite weights, with a bar over the tensors."""
+    with tensor_bar(args.target.name) as on_progress:
         convert(
             args.source,
             args.target,
@@ -194,5 +244,3 @@ def convert_command(args: argparse.Namespace) -> None:
             shard_size=int(args.shard_size * 1e9) if args.shard_size else None,
             on_progress=on_progress,
         )
-    finally:
-        bar.close()

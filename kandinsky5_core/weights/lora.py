@@ -45,11 +45,11 @@ class Lora:
     rank: int
 
 
-def read_lora(path: str | Path, shapes: Mapping[str, tuple[int, ...]]) -> Lora:
+def read_lora(path: str | Path, shapes: Mapping[str, tuple[int, ...] | None]) -> Lora:
     """The LoRA of a file for a model.
 
     Args:
-        shapes: Weight shapes (out, in) of the model by module name.
+        shapes: Weight shapes (out, in) of the model by module name; None where the model is not at hand.
 
     Raises:
         ValueError: nothing in the file fits the model: no key, or matrices of other sizes.
@@ -101,13 +101,16 @@ def _from_underscores(flat: str, modules: Mapping[str, object]) -> str | None:
     return next((module for module in modules if module.replace(".", "_") == flat), None)
 
 
-def _check_shapes(path: Path, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
+def _check_shapes(
+    path: Path, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...] | None]
+) -> None:
     for name, tensor in tensors.items():
         for end, axis in ((".lora_A.weight", 1), (".lora_B.weight", 0)):
-            if name.endswith(end) and tensor.shape[axis] != shapes[name.removesuffix(end)][axis]:
+            shape = shapes[name.removesuffix(end)] if name.endswith(end) else None
+            if shape is not None and tensor.shape[axis] != shape[axis]:
                 raise ValueError(
                     f"{path.name} is a LoRA of another model: {name} has {tuple(tensor.shape)} and the layer is "
-                    f"{shapes[name.removesuffix(end)]}; load the model it was trained on"
+                    f"{shape}; load the model it was trained on"
                 )
 
 
