@@ -18,14 +18,13 @@ from torch import Tensor, nn
 from .attention.nabla import resolve_attention
 from .canvas import extend_edges
 from .clips import extended, looped
-from .conditioning import ImageConditioning, TextConditioning
+from .conditioning import TextConditioning
 from .config import Variant, variant_for_size
 from .dit.model import DiffusionTransformer
 from .dit.plan import plan_visual
 from .inputs import Inputs, encode_inputs
 from .request import Request, resolve, settings
-from .sampling.first_frame import normalise_first_frames
-from .sampling.guidance import GUIDANCE_OFF, guided_velocity, hold
+from .sampling.guidance import GUIDANCE_OFF, guided_velocity, hold_given
 from .sampling.noise import initial_noise
 from .sampling.samplers import SAMPLERS, OnStep
 from .sampling.schedule import flow_schedule
@@ -178,15 +177,6 @@ def sample_latents(
         latents = inputs.partial.start(noise, sigmas[0])
     latents = SAMPLERS[request.sampler](velocity_fn, latents, sigmas, on_step)
     return hold_given(latents, inputs.image)
-
-
-def hold_given(latents: Tensor, image: ImageConditioning | None) -> Tensor:
-    """Sampled latents with the given frames in place; where that is the first alone, normalised to the others."""
-    if image is None or image.clean is None:
-        return latents
-    given = image.mask[:, 0, :, 0, 0].any(dim=0).nonzero().flatten().tolist()
-    latents = hold(latents, image)
-    return normalise_first_frames(latents) if given == [0] else latents
 
 
 def decode_frames(models: Models, latents: Tensor, budget_bytes: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,12 @@ from comfy_api.latest import io, ui
 
 from ..kandinsky5_core.config import VARIANTS, Variant
 from .bridge.clip import K5CLIP, load_clip
-from .bridge.folders import AUTO, built_in, choices, find_auto, path_of, pick_variant, variant_choices
+from .bridge.folders import AUTO, built_in, choices, doubt, find_auto, path_of, pick_variant, variant_choices
 from .bridge.info import describe_file, describe_model
 from .bridge.model import load_model
 from .bridge.vae import K5VAE, load_vae
+
+log = logging.getLogger(__name__)
 
 CATEGORY = "Kandinsky 5/load"
 DTYPES = ("default", "fp32", "bf16", "fp16")
@@ -47,14 +50,19 @@ def _dtype_input() -> io.Input:
     )
 
 
-def open_dit(model_name: str, variant: str, weight_dtype: str) -> tuple[Any, Variant]:
-    """A MODEL and the variant that it was found to be."""
+def open_dit(model_name: str, variant: str, weight_dtype: str) -> tuple[Any, Variant, str]:
+    """A MODEL, the variant that it was found to be, and what the user should know of it."""
     from ..kandinsky5_core.loading import DTYPES as TORCH_DTYPES
 
     files = built_in(model_name)
     path = path_of("diffusion_models", model_name) if files is None else files.dit
     row = pick_variant(path, variant) if files is None else files.variant
-    return load_model(path, row, TORCH_DTYPES.get(weight_dtype)), row
+    told = "" if files is not None else doubt(path, variant)
+    if told:
+        log.warning("Kandinsky 5: %s is taken for %s: %s", model_name, row.name, told)
+    named = files is not None or variant != AUTO
+    model = load_model(path, row, TORCH_DTYPES.get(weight_dtype), named=named)
+    return model, row, "\n".join(filter(None, (describe_model(row), told)))
 
 
 def open_clip(text_encoder: str, clip_name: str, kind: str) -> K5CLIP:
@@ -96,8 +104,7 @@ class K5LoadModel(io.ComfyNode):
 
     @classmethod
     def execute(cls, model_name: str, variant: str = AUTO, weight_dtype: str = "default") -> io.NodeOutput:
-        model, row = open_dit(model_name, variant, weight_dtype)
-        info = describe_model(row)
+        model, _, info = open_dit(model_name, variant, weight_dtype)
         return io.NodeOutput(model, info, ui=ui.PreviewText(info))
 
 
@@ -224,7 +231,7 @@ class K5LoadAll(io.ComfyNode):
         weight_dtype: str = "default",
     ) -> io.NodeOutput:
         parts = find_auto(model_name, text_encoder=text_encoder, clip_name=clip_name, vae_name=vae_name)
-        model, row = open_dit(model_name, variant, weight_dtype)
+        model, row, info = open_dit(model_name, variant, weight_dtype)
         clip = open_clip(parts["text_encoder"], parts["clip_name"], kind_of(row))
         vae = open_vae(parts["vae_name"])
         if vae.config.kind != row.vae.kind:
@@ -232,7 +239,6 @@ class K5LoadAll(io.ComfyNode):
                 f"vae_name '{parts['vae_name']}' is a {vae.config.kind} VAE and {row.name} needs {row.vae.kind}: "
                 "hunyuan_video_vae for video, the FLUX VAE (ae) for images"
             )
-        info = describe_model(row)
         return io.NodeOutput(model, clip, vae, info, ui=ui.PreviewText(info))
 
 

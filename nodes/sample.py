@@ -23,7 +23,7 @@ class K5Sample(io.ComfyNode):
             display_name="Kandinsky 5 Sample",
             category=CATEGORY,
             description="Samples with the steps, guidance and shift that the checkpoint was made for, and shows what it "
-            "took. Row i of a batch is what seed + i gives alone.",
+            "took. Row i of a batch has the noise of seed + i.",
             search_aliases=["ksampler"],
             inputs=[
                 io.Model.Input("model", tooltip="From a Kandinsky 5 loader, with any patches."),

@@ -9,6 +9,7 @@ from ..conditioning import ImageConditioning, TextConditioning
 from ..config import DiTConfig
 from ..dit.model import DiffusionTransformer
 from ..dit.plan import VisualPlan
+from .first_frame import normalise_first_frames
 from .samplers import VelocityFn
 
 GUIDANCE_OFF = 1e-6
@@ -36,6 +37,15 @@ def hold(latents: Tensor, image: ImageConditioning) -> Tensor:
     assert image.clean is not None and image.mask is not None
     mask = image.mask.to(latents)
     return latents * (1 - mask) + image.clean.to(latents) * mask
+
+
+def hold_given(latents: Tensor, image: ImageConditioning | None) -> Tensor:
+    """Sampled latents with the given frames in place; where that is the first alone, normalised to the others."""
+    if image is None or image.clean is None:
+        return latents
+    given = image.mask[:, 0, :, 0, 0].any(dim=0).nonzero().flatten().tolist()
+    latents = hold(latents, image)
+    return normalise_first_frames(latents) if given == [0] else latents
 
 
 def guided_velocity(

@@ -22,6 +22,7 @@ from .model import variant_of
 MODES = ("auto", "dense", "nabla")
 _GRID = "k5_token_grid"
 _KEY = "k5_nabla"
+_OVERRIDE = "optimized_attention_override"
 
 
 def patch_attention(model: Any, mode: str, mass: float, window: tuple[int, int, int]) -> Any:
@@ -42,9 +43,16 @@ def patch_attention(model: Any, mode: str, mass: float, window: tuple[int, int, 
     options = patched.model_options.setdefault("transformer_options", {})
     if variant is not None:
         options[ATTENTION_OPTION] = config
-    elif config is not None:
-        options["optimized_attention_override"] = NativeNabla(config)
+        return patched
+    earlier = options.get(_OVERRIDE)
+    earlier = earlier.earlier if isinstance(earlier, NativeNabla) else earlier
+    patched.remove_wrappers_with_key(comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, _KEY)
+    options.pop(_OVERRIDE, None)
+    if config is not None:
+        options[_OVERRIDE] = NativeNabla(config, earlier)
         patched.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, _KEY, _note_grid)
+    elif earlier is not None:
+        options[_OVERRIDE] = earlier
     return patched
 
 
@@ -59,8 +67,12 @@ def _note_grid(executor: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs:
 class NativeNabla:
     """An attention override for ComfyUI's own DiT; keeps the window mask of the last size."""
 
-    def __init__(self, config: NablaConfig) -> None:
-        self.config = config
+    def __init__(self, config: NablaConfig, earlier: Callable[..., Tensor] | None = None) -> None:
+        """
+        Args:
+            earlier: Another pack's override, which still serves the text.
+        """
+        self.config, self.earlier = config, earlier
         self.made: NablaAttention | None = None
 
     def __call__(
@@ -71,6 +83,8 @@ class NativeNabla:
         skip = kwargs.get("skip_reshape", False)
         length, key_length = (part.shape[2 if skip else 1] for part in (q, k))
         if grid is None or length != grid[0] * grid[1] * grid[2] or key_length != length:
+            if self.earlier is not None:
+                return self.earlier(original, q, k, v, heads, *args, **kwargs)
             return original(q, k, v, heads, *args, **kwargs)
         if not skip:
             q, k, v = (rearrange(part, "b s (n d) -> b n s d", n=heads) for part in (q, k, v))

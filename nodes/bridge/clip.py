@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,12 @@ import comfy.hooks
 import comfy.model_management
 import comfy.model_patcher
 import comfy.sd
-import folder_paths
 import torch
 from torch import Tensor, nn
 
 from ...kandinsky5_core.conditioning import TextConditioning
 from ...kandinsky5_core.text.encoder import TextEncoder, load_text_encoder
+from ...kandinsky5_core.weights.source import open_source
 
 MAX_TOKENS = {"video": 256, "image": 512}
 """Qwen tokens kept after the template, as the released models were trained."""
@@ -82,13 +83,18 @@ class K5CLIP(comfy.sd.CLIP):
     ) -> dict[str, Any]:
         """What `encode_from_tokens` takes; images (H, W, 3) belong to an edit."""
         task = task or TASKS[self.kind]
-        return {"k5": {"text": text, "task": task, "images": list(images), "edit_template": edit_template}}
+        given = {"text": text, "task": task, "images": list(images), "edit_template": edit_template}
+        return {"k5": given, "qwen25_7b": text}
 
     def encode_from_tokens(
         self, tokens: dict[str, Any], return_pooled: bool | str = False, return_dict: bool = False
     ) -> Any:
         """Embeddings (1, L, D), trimmed to the tokens there are, and the pooled vector (1, P)."""
         found = self.conditioning(**tokens["k5"])
+        if tokens["qwen25_7b"] != tokens["k5"]["text"]:
+            # ComfyUI's two-prompt node: the first text is CLIP's, the second Qwen's.
+            spoken = self.conditioning(**{**tokens["k5"], "text": tokens["qwen25_7b"]})
+            found = replace(spoken, pooled=found.pooled)
         values = {"cond": found.embeds, "pooled_output": found.pooled}
         if return_dict:
             self.add_hooks_to_dict(values)
@@ -124,14 +130,26 @@ def load_clip(qwen: Path, clip: Path, kind: str, *, bundled: bool = False) -> K5
         kind: 'video' or 'image': which template stock text encode nodes get.
         bundled: The tokenizers lie beside the weights; otherwise ComfyUI's own copies are used.
     """
-    device = comfy.model_management.text_encoder_device()
-    dtype = comfy.model_management.text_encoder_dtype(device)
     encoder = load_text_encoder(
         qwen,
         clip,
-        comfyui=None if bundled else folder_paths.base_path,
-        lm_head=True,
+        # Not folder_paths.base_path, which --base-directory moves to the user's folder.
+        comfyui=None if bundled else Path(comfy.sd.__file__).parents[1],
+        lm_head=has_head(qwen),
         local_files_only=True,
-        dtype=torch.float32 if comfy.model_management.is_device_cpu(device) else dtype,
+        dtype=torch.float32 if bundled else released_dtype(),
     )
     return K5CLIP(encoder, kind)
+
+
+def released_dtype() -> torch.dtype:
+    """Of the 7B Qwen in memory: bf16, its own, wherever that computes; fp16 overflows in its last layers."""
+    device = comfy.model_management.text_encoder_device()
+    if comfy.model_management.is_device_cpu(device) or comfy.model_management.should_use_bf16(device):
+        return torch.bfloat16
+    return comfy.model_management.text_encoder_dtype(device)
+
+
+def has_head(qwen: Path) -> bool:
+    """Whether the file can also write text, for the prompt enhancer."""
+    return any(name.endswith("lm_head.weight") for name in open_source(qwen).tensors)

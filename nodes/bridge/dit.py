@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ...kandinsky5_core.attention.dense import AttentionFn, dense_attention
 from ...kandinsky5_core.conditioning import ImageConditioning, TextConditioning
-from ...kandinsky5_core.config import NablaConfig, Variant
+from ...kandinsky5_core.config import NablaConfig, Variant, variant_for_size
 from ...kandinsky5_core.dit.model import DiffusionTransformer
 from ...kandinsky5_core.dit.plan import VisualPlan, plan_visual
 from ...kandinsky5_core.sampling.guidance import model_input
@@ -64,9 +64,13 @@ def _chosen_at_start() -> bool:
 class ComfyDiT(DiffusionTransformer):
     """A `DiffusionTransformer` behind ComfyUI's calling convention."""
 
-    def __init__(self, variant: Variant, *, ops: ModuleType) -> None:
+    def __init__(self, variant: Variant, *, ops: ModuleType, named: bool = True) -> None:
+        """
+        Args:
+            named: The user chose the row; otherwise the size chooses among rows of one checkpoint (SD or HD).
+        """
         super().__init__(variant.dit, ops=ops)
-        self.variant = variant
+        self.variant, self.named = variant, named
         self.dtype = torch.float32
         self._plan: tuple[object, VisualPlan] | None = None
 
@@ -125,12 +129,22 @@ class ComfyDiT(DiffusionTransformer):
         if latents.shape[3] % ph or latents.shape[4] % pw:
             size = f"{latents.shape[4] * 8}x{latents.shape[3] * 8}"
             raise ValueError(f"latents of {size} pixels do not fit; width and height must be multiples of {8 * pw}")
-        nabla: NablaConfig | None = options.get(ATTENTION_OPTION, self.variant.nabla)
-        scale = options.get("k5_rope_scale", self.variant.rope_scale)
+        if self.variant.vae.kind == "flux" and latents.shape[2] > 1:
+            raise ValueError(
+                f"the latent holds {latents.shape[2]} latent frames and {self.variant.name} makes pictures; use Kandinsky "
+                "5 Empty Latent with this model, or load a video model"
+            )
+        row = self.row_for(8 * latents.shape[3], 8 * latents.shape[4])
+        nabla: NablaConfig | None = options.get(ATTENTION_OPTION, row.nabla)
+        scale = row.rope_scale
         key = (grid, nabla, scale, latents.device)
         if self._plan is None or self._plan[0] != key:
             self._plan = (key, plan_visual(self.config, grid, scale, nabla, latents.device))
         return self._plan[1]
+
+    def row_for(self, height: int, width: int) -> Variant:
+        """The row of this checkpoint for frames of that many pixels."""
+        return self.variant if self.named else variant_for_size(self.variant, height, width)
 
     def visual_blocks(
         self, tokens: Tensor, text: Tensor, time_embed: Tensor, plan: VisualPlan, text_mask: Tensor | None

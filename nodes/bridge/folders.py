@@ -59,6 +59,20 @@ def pick_variant(path: Path, chosen: str) -> Variant:
     return variant(info.variant)
 
 
+def doubt(path: Path, chosen: str) -> str:
+    """What else the file may be, where its row was guessed; '' where it is sure."""
+    if chosen != AUTO:
+        return ""
+    info = inspect_file(path, want="dit")
+    others = [name for name in info.variants if name != info.variant]
+    if info.variant_certain or not others:
+        return ""
+    return (
+        f"guessed ({info.variant_reason}); it may also be {', '.join(others)}, with other steps, guidance or shift: "
+        "choose under 'variant', or give the file its released name"
+    )
+
+
 USUAL = {
     "text_encoder": ("text_encoders", ("qwen_2.5_vl_7b", "qwen2.5_vl_7b", "qwen2.5-vl-7b")),
     "clip_name": ("text_encoders", ("clip_l", "clip-l")),

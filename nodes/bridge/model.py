@@ -110,8 +110,11 @@ def _held(kwargs: dict[str, Any], noise: Tensor) -> tuple[Tensor | None, Tensor 
     return clean, given
 
 
-def load_model(path: Path, variant: Variant, weight_dtype: torch.dtype | None = None) -> Any:
+def load_model(path: Path, variant: Variant, weight_dtype: torch.dtype | None = None, *, named: bool = True) -> Any:
     """A ModelPatcher with the DiT of `path`; ComfyUI decides devices, and the dtype where none is given.
+
+    Args:
+        named: The user chose the row; otherwise the size of the latents chooses between SD and HD.
 
     Raises:
         WeightsError: the file is no Kandinsky 5 DiT.
@@ -126,7 +129,9 @@ def load_model(path: Path, variant: Variant, weight_dtype: torch.dtype | None = 
             supported_dtypes=K5ModelConfig.supported_inference_dtypes,
         )
     config = K5ModelConfig(variant, weight_dtype, device)
-    dit = fill_module(lambda: ComfyDiT(variant, ops=comfy.ops.manual_cast), found.records, dtype=weight_dtype)
+    dit = fill_module(
+        lambda: ComfyDiT(variant, ops=comfy.ops.manual_cast, named=named), found.records, dtype=weight_dtype
+    )
     dit.dtype = weight_dtype
     model = K5Model(config, dit)
     patcher = comfy.model_patcher.ModelPatcher(

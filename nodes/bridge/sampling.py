@@ -13,10 +13,11 @@ import latent_preview
 import torch
 from torch import Tensor
 
+from ...kandinsky5_core.conditioning import ImageConditioning
 from ...kandinsky5_core.config import Variant
-from ...kandinsky5_core.sampling.first_frame import normalise_first_frames
+from ...kandinsky5_core.sampling.guidance import hold_given
 from ...kandinsky5_core.sampling.noise import initial_noise
-from ...kandinsky5_core.sampling.schedule import flow_schedule
+from ...kandinsky5_core.sampling.schedule import flow_schedule, shifted
 from ...kandinsky5_core.shapes import LatentShape
 from .model import set_shift
 
@@ -92,6 +93,9 @@ def run_sampler(model: Any, positive: Any, negative: Any, latent: dict[str, Any]
     """
     if settings.shift != model_shift(model):
         model = with_shift(model, settings.shift)
+    check_held(positive, negative, settings.guidance)
+    if latent.get("noise_mask") is not None:
+        model = with_differential_strength(model, settings.shift)
     samples = comfy.sample.fix_empty_latent_channels(model, latent["samples"])
     check_latents(model, samples)
     sigmas = None
@@ -114,7 +118,7 @@ def run_sampler(model: Any, positive: Any, negative: Any, latent: dict[str, Any]
         disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
         seed=settings.seed,
     )
-    return {"samples": finished(model, made, positive)}
+    return {**latent, "samples": finished(model, made, positive)}
 
 
 def check_latents(model: Any, samples: Tensor) -> None:
@@ -134,10 +138,39 @@ def check_latents(model: Any, samples: Tensor) -> None:
         raise ValueError(f"latent has {samples.shape[1]} channels; {variant.name} takes {variant.vae.latent_channels}")
 
 
+def check_held(positive: Any, negative: Any, guidance: float) -> None:
+    """That both passes of guidance hold the same frames.
+
+    Raises:
+        ValueError: only one conditioning comes from the image to video node.
+    """
+    held = [any("k5_given" in entry[1] for entry in conditioning) for conditioning in (positive, negative)]
+    if guidance != 1 and held[0] != held[1]:
+        side = "negative" if held[0] else "positive"
+        raise ValueError(f"{side} does not hold the given frames; connect both outputs of the image to video node")
+
+
+def with_differential_strength(model: Any, shift: float) -> Any:
+    """The MODEL with grey masks as in the core: a place of strength s changes from the level where `denoise` s begins.
+
+    ComfyUI alone would blend grey places half and half in every step.
+    """
+
+    def moves(sigma: Tensor, denoise_mask: Tensor, extra_options: dict[str, Any]) -> Tensor:
+        level = shifted(denoise_mask, shift)
+        now = sigma.view(-1, *[1] * (denoise_mask.ndim - 1)).to(denoise_mask)
+        return ((now <= level + 1e-6) & (level > 0)).to(denoise_mask.dtype)
+
+    patched = model.clone()
+    patched.set_model_denoise_mask_function(moves)
+    return patched
+
+
 def finished(model: Any, samples: Tensor, positive: Any) -> Tensor:
-    """Image to video from the first frame alone ends with the official pull of the first frames' statistics."""
-    given = positive[0][1].get("k5_given")
-    if given is None or samples.ndim != 5 or given[0, 0, :, 0, 0].nonzero().flatten().tolist() != [0]:
+    """Given frames exactly in place; from the first alone, its followers' statistics are pulled to the rest's."""
+    held = positive[0][1]
+    if "k5_given" not in held or samples.ndim != 5:
         return samples
     scale = model.get_model_object("latent_format")
-    return scale.process_out(normalise_first_frames(scale.process_in(samples)))
+    image = ImageConditioning(clean=scale.process_in(held["k5_clean"].to(samples)), mask=held["k5_given"].to(samples))
+    return scale.process_out(hold_given(scale.process_in(samples), image))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import comfy.model_management
 import comfy.model_patcher
@@ -83,6 +84,11 @@ class K5VAE(comfy.sd.VAE):
             pixel_samples = pixel_samples[: (len(pixel_samples) - 1) // group * group + 1]
         return super().encode(pixel_samples)
 
+    def decode(self, samples_in: Tensor, vae_options: dict[str, Any] | None = None) -> Tensor:
+        """Unscaled latents to pixels, as ComfyUI's VAE; clips for the picture VAE and the reverse are refused."""
+        check_kind(self, samples_in)
+        return super().decode(samples_in, vae_options or {})
+
     def encode_within(self, frames: Tensor, budget_bytes: int) -> Tensor:
         """(F, H, W, 3) to unscaled latents (1, 16, T, h, w) with the core's tiles; each fits into the budget."""
         pixels = (frames.movedim(-1, 0)[None, :3] * 2 - 1).to(self.vae_dtype)
@@ -108,7 +114,19 @@ class K5VAE(comfy.sd.VAE):
         comfy.model_management.load_models_gpu([self.patcher], memory_required=budget_bytes, force_full_load=True)
 
 
-def _check_cancel(done: int, total: int) -> None:  # noqa: ARG001
+def check_kind(vae: Any, samples: Tensor) -> None:
+    """That latents are of a VAE's kind.
+
+    Raises:
+        ValueError: says which VAE to load.
+    """
+    if vae.latent_dim == 2 and samples.ndim == 5 and samples.shape[2] > 1:
+        raise ValueError("vae is for pictures and the latent is a clip; load the HunyuanVideo VAE (hunyuan_video_vae)")
+    if vae.latent_dim == 3 and samples.ndim == 4:
+        raise ValueError("vae is for video and the latent is a picture; load the FLUX VAE (ae)")
+
+
+def _check_cancel(done: int, total: int) -> None:
     comfy.model_management.throw_exception_if_processing_interrupted()
 
 

@@ -88,6 +88,39 @@ def check_image_to_video(name, folder):
     assert relative_error(stock["samples"][:, :, :1], held.clean[:, :, :1]) < 1e-4
 
 
+def check_grey_masks(name, folder):
+    """Inpainting with grey values: the sample node gives what the core gives."""
+    files = bridge(name, "folders").built_in("built-in: nano-image")
+    model = bridge(name, "model").load_model(files.dit, files.variant, torch.float32)
+    clip = bridge(name, "clip").load_clip(files.text_encoder, files.clip, "image", bundled=True)
+    vae = bridge(name, "vae").load_vae(files.vae)
+    pipeline, request = core(name, "pipeline"), core(name, "request")
+    models = core(name, "loading").load_files(files)
+    picture = torch.rand(64, 96, 3, generator=torch.Generator().manual_seed(1))
+    mask = torch.zeros(64, 96)
+    mask[:32], mask[32:48] = 1.0, 0.4
+    prompt = "a big red circle on a gray background"
+    resolved = request.resolve(
+        request.Request(prompt=prompt, task="t2i", image=picture, mask=mask, seed=5), files.variant
+    )
+    shape = core(name, "shapes").LatentShape(1, 16, 1, 8, 12)
+    with torch.no_grad():
+        inputs = core(name, "inputs").encode_inputs(models, resolved, shape)
+        ours = pipeline.sample_latents(models, resolved, shape, *pipeline.encode_prompts(models, resolved), inputs)
+    pictures, sampling = bridge(name, "pictures"), bridge(name, "sampling")
+    made = pictures.inpaint_inputs(
+        files.variant, vae, picture[None], mask[None], grow=0, feather=0, outpaint=(0, 0, 0, 0)
+    )
+    settings = sampling.SampleSettings.of(
+        files.variant, model, steps=0, guidance=0.0, shift=0.0, denoise=1.0, seed=5, sampler_name="euler",
+        scheduler="simple",
+    )  # fmt: skip
+    theirs = sampling.run_sampler(model, encode(clip, prompt), encode(clip, ""), made.latent, settings)
+    scaled = theirs["samples"] * files.variant.vae.scaling_factor
+    error = relative_error(scaled.reshape(ours.shape), ours)
+    assert error < 5e-3, error
+
+
 def check_native_nabla(name, folder):
     """On ComfyUI's own Kandinsky 5 class: mass 1 equals dense attention, less mass does not, our DiT agrees."""
     import comfy.sd

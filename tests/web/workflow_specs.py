@@ -174,7 +174,7 @@ SPECS: dict[str, Spec] = {
     ),
     "text_to_image": Spec(
         title="Text to image",
-        about="A batch of four pictures; row i is what seed + i gives alone.",
+        about="A batch of four pictures; row i has the noise of seed + i.",
         model=T2I,
         vae=IMAGE_VAE,
         nodes=_picture(
