@@ -117,8 +117,11 @@ def check_grey_masks(name, folder):
     )  # fmt: skip
     theirs = sampling.run_sampler(model, encode(clip, prompt), encode(clip, ""), made.latent, settings)
     scaled = theirs["samples"] * files.variant.vae.scaling_factor
-    error = relative_error(scaled.reshape(ours.shape), ours)
-    assert error < 5e-3, error
+    # Kept places travel on other roundings here and there, and bf16 rotary embeddings make much of them; blending grey
+    # places in every step, as ComfyUI alone does, is off by about 1.
+    error = float((scaled.reshape(ours.shape) - ours).norm() / ours.norm())
+    print("grey", error)
+    assert error < 2e-3, error
 
 
 def check_native_nabla(name, folder):
