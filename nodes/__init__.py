@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+from pathlib import Path
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +43,12 @@ def make_extension() -> object:
     """ComfyUI's extension object."""
     from comfy_api.latest import ComfyExtension
 
+    from .bridge.help_pages import serve_help
+
     class Kandinsky5Extension(ComfyExtension):
+        async def on_load(self) -> None:
+            serve_help(Path(__file__).parents[1])
+
         async def get_node_list(self) -> list[type]:
             return load_nodes()
 

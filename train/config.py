@@ -35,3 +35,35 @@ class FitConfig:
             raise ValueError(f"optimizer must be 'adamw' or 'muon', got '{self.optimizer}'")
         if self.num_steps < 1:
             raise ValueError(f"num_steps must be at least 1, got {self.num_steps}")
+
+
+TARGETS = (
+    "self_attention.to_query", "self_attention.to_key", "self_attention.to_value", "self_attention.out_layer",
+    "cross_attention.to_query", "cross_attention.to_key", "cross_attention.to_value", "cross_attention.out_layer",
+    "feed_forward.in_layer", "feed_forward.out_layer",
+)  # fmt: skip
+"""The ten linear layers of a block that the official LoRAs move."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """A low-rank adapter."""
+
+    rank: int = 32
+    alpha: float = 32.0
+    dropout: float = 0.0
+    targets: tuple[str, ...] = TARGETS
+    """Endings of the names of the layers that get one."""
+    rank_stabilised: bool = False
+    """Scale by alpha / sqrt(rank) (rsLoRA) instead of alpha / rank."""
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"LoRA rank must be at least 1, got {self.rank}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"LoRA dropout must be from 0 to below 1, got {self.dropout}")
+
+    @property
+    def scale(self) -> float:
+        """What the product of the two matrices is multiplied by."""
+        return self.alpha / (self.rank**0.5 if self.rank_stabilised else self.rank)

@@ -76,27 +76,26 @@ class Browser:
         self.page = self._browser.new_page(viewport={"width": 1600, "height": 1000})
         self.errors: list[str] = []
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
-        self.page.request.post(
-            f"{self.url}/settings",
-            data={
-                "Comfy.TutorialCompleted": True,
-                "Comfy.Locale": self.locale,
-                "Comfy.InstalledVersion": "9.9.9",
-                "Comfy.Workflow.ShowMissingNodesWarning": False,
-                "Comfy.Workflow.ShowMissingModelsWarning": False,
-            },
-        )
-        self.page.goto(self.url)
-        self.page.wait_for_function(READY, timeout=90_000)
-        self.page.wait_for_timeout(1500)
+        self.set_locale(self.locale)
         return self
 
     def __exit__(self, *_: object) -> None:
         self._browser.close()
         self._playwright.stop()
 
-    def load(self, graph: dict[str, Any]) -> None:
+    def set_locale(self, locale: str) -> None:
+        """Open the page in a language."""
+        settings = {"Comfy.TutorialCompleted": True, "Comfy.Locale": locale, "Comfy.InstalledVersion": "9.9.9"}
+        self.page.request.post(f"{self.url}/settings", data=settings)
+        self.page.goto(self.url)
+        self.page.wait_for_function(READY, timeout=90_000)
+        self.page.wait_for_timeout(1500)
+
+    def load(self, graph: dict[str, Any], *, api: bool = False) -> None:
         """Open a workflow as dropping its file on the canvas does."""
+        if api:
+            self.load_api(graph)
+            return
         self.page.evaluate("async (graph) => { await window.app.loadGraphData(graph); }", graph)
         self.page.wait_for_timeout(500)
 

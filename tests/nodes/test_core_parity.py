@@ -11,7 +11,8 @@ SCRIPT = Path(__file__).parent / "in_comfyui.py"
 
 
 @pytest.mark.parametrize(
-    "check", ["parity", "image_to_video", "grey_masks", "native_nabla", "merge_and_save", "lora_formats", "missing_package"]
+    "check",
+    ["parity", "image_to_video", "grey_masks", "native_nabla", "merge_and_save", "lora_formats", "missing_package"],
 )
 def test_in_comfyui(comfyui, check, tmp_path):
     done = subprocess.run(

@@ -15,6 +15,9 @@ NEEDED = (
     "kandinsky5_core/nano/video/dit.safetensors", "kandinsky5_core/nano/image/dit.safetensors",
     "kandinsky5_core/nano/edit/dit.safetensors", "kandinsky5_core/text/prompts/t2v.txt", "train/config.py",
     "web/k5.js", "workflows/text_to_video.json", "workflows/text_to_video.jpg",
+    "web/docs/K5Sample.md",
+    "web/docs/K5Sample/ru.md",
+    "locales/ru/nodeDefs.json",
 )  # fmt: skip
 UNWANTED = ("tests/", "docs/", "benchmarks/", ".ci/", "Makefile", "constraints-dev.txt", ".venv/", "runs/")
 
