@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import folder_paths
@@ -12,12 +13,28 @@ from ...kandinsky5_core.weights.detect import inspect_file
 
 BUILT_IN = "built-in: "
 AUTO = "auto"
+SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
 NANO = tuple(name for name in VARIANTS if name.startswith("nano-"))
 
 
 def choices(folder: str) -> list[str]:
-    """Built-in models first, then the files of a ComfyUI model folder."""
-    return [*(BUILT_IN + name for name in NANO), *folder_paths.get_filename_list(folder)]
+    """Built-in models first, then what a ComfyUI model folder holds: single files, and one entry for a sharded model."""
+    return [*(BUILT_IN + name for name in NANO), *files(folder)]
+
+
+def files(folder: str) -> list[str]:
+    """Safetensors of a model folder; not the shards of a model, which its index stands for, and no pickles."""
+    names = folder_paths.get_filename_list(folder)
+    single = [name for name in names if name.endswith(".safetensors") and not SHARD.search(name)]
+    return sorted({*single, *_indexes(folder)})
+
+
+def _indexes(folder: str) -> list[str]:
+    found = []
+    for base in folder_paths.get_folder_paths(folder):
+        root = Path(base)
+        found += [str(path.relative_to(root)) for path in root.glob("**/*.safetensors.index.json")]
+    return found
 
 
 def variant_choices() -> list[str]:
@@ -38,7 +55,7 @@ def path_of(folder: str, choice: str) -> Path:
         ValueError: no such file below ComfyUI's folder.
     """
     path = folder_paths.get_full_path(folder, choice)
-    if path is None or choice not in folder_paths.get_filename_list(folder):
+    if path is None or choice not in files(folder):
         raise ValueError(f"'{choice}' is not in ComfyUI's models/{folder}; put the file there and press R to refresh")
     return Path(path)
 
@@ -101,7 +118,7 @@ def find_auto(model_name: str, **given: str) -> dict[str, str]:
 
 def _usual(part: str, key: str) -> str:
     folder, beginnings = USUAL[key]
-    for name in folder_paths.get_filename_list(folder):
+    for name in files(folder):
         if Path(name).name.lower().startswith(beginnings):
             return name
     raise ValueError(

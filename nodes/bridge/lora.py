@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import comfy.lora
-import folder_paths
 
 from ...kandinsky5_core.weights.lora import read_lora
-from .folders import path_of
+from .folders import files, path_of
 
 log = logging.getLogger(__name__)
 
@@ -20,7 +19,7 @@ NONE = "none"
 
 def lora_choices() -> list[str]:
     """Files of models/loras."""
-    return folder_paths.get_filename_list("loras")
+    return files("loras")
 
 
 @dataclass(frozen=True, kw_only=True)

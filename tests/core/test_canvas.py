@@ -17,8 +17,9 @@ def test_every_picture_fits_and_comes_back_at_its_size(height, width, rows, colu
     for place in (cover, keep):
         canvas = place((height, width), work)
         assert canvas.to_work(frames).shape == (1, *work, 3)
-    kept = keep((height, width), work)
-    assert kept.from_work(kept.to_work(frames)).shape == frames.shape
+        result = canvas.from_work(canvas.to_work(frames))
+        assert result.shape == (1, *canvas.result_size, 3)
+        assert canvas.result_size == (work if place is cover else (height, width))
 
 
 @given(SIDES, SIDES)
@@ -37,6 +38,19 @@ def test_cover_keeps_the_aspect_and_takes_the_centre():
     assert torch.equal(canvas.to_work(frames), torch.ones(1, 40, 40, 3))
     result = torch.rand(1, 40, 40, 3)
     assert torch.equal(canvas.from_work(result), result)
+
+
+@pytest.mark.parametrize("source", [(80, 80), (20, 20), (80, 81), (40, 40)])
+def test_a_covered_frame_is_the_result_whatever_the_aspect(source):
+    result = torch.rand(1, 40, 40, 3)
+    assert torch.equal(cover(source, (40, 40)).from_work(result), result)
+
+
+def test_a_picture_of_the_frames_size_is_untouched():
+    frames = torch.rand(2, 32, 48, 3)
+    for place in (cover, keep):
+        canvas = place((32, 48), (32, 48))
+        assert torch.equal(canvas.to_work(frames), frames) and torch.equal(canvas.from_work(frames), frames)
 
 
 def test_a_kept_picture_is_not_distorted():
@@ -64,8 +78,13 @@ def test_limits_name_the_size_and_the_fix():
     with pytest.raises(ValueError, match=r"401x100 is longer than 4:1.*crop it"):
         check_ratio(100, 401)
     check_side(2048, 2048)
-    with pytest.raises(ValueError, match="width 2064 is beyond"):
+    check_ratio(1, 1)
+    with pytest.raises(ValueError, match=r"100x401 is longer than 4:1"):
+        check_ratio(401, 100)
+    with pytest.raises(ValueError, match="width 2064 is beyond the 2048"):
         check_side(64, 2064)
+    with pytest.raises(ValueError, match="height 2064 is beyond the 2048"):
+        check_side(2064, 64)
 
 
 def test_edges_are_repeated():

@@ -1,5 +1,7 @@
 """Masks: checks, growing, feathering, latent cells, compositing."""
 
+import logging
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -22,14 +24,51 @@ def distance_to(mask):
     return torch.cdist(every, inside).amin(1).reshape(mask.shape[1:])
 
 
-@settings(deadline=None, max_examples=15)
-@given(st.integers(1, 24))
+@settings(deadline=None, max_examples=25)
+@given(st.integers(1, 90))
 def test_growing_is_by_a_round_brush(pixels):
     mask = spot()
-    distance = distance_to(mask)
-    grown = grow(mask, pixels)[0]
-    assert bool((grown[distance <= pixels - 1] == 1).all())
-    assert bool((grown[distance > pixels] == 0).all())
+    assert torch.equal(grow(mask, pixels)[0], (distance_to(mask) <= pixels + 1e-3).float())
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(0, 5), st.integers(1, 20), st.integers(1, 20), st.booleans())
+def test_growing_equals_kornia(pixels, height, width, shrinks):
+    from kornia.morphology import dilation, erosion
+
+    mask = torch.rand(2, height, width)
+    offsets = torch.arange(-pixels, pixels + 1)
+    disk = (offsets[:, None] ** 2 + offsets[None] ** 2 <= pixels**2).float()
+    expected = (erosion if shrinks else dilation)(mask[:, None], disk)[:, 0]
+    assert torch.equal(grow(mask, -pixels if shrinks else pixels), expected)
+
+
+def test_growing_does_not_change_the_given_mask_and_reaches_beyond_tiny_pictures():
+    mask = spot()
+    grow(mask, 5), grow(mask, -5)
+    assert torch.equal(mask, spot())
+    assert torch.equal(grow(torch.full((1, 1, 1), 0.3), 64), torch.full((1, 1, 1), 0.3))
+    line = torch.zeros(1, 1, 9)
+    line[..., 4] = 1
+    assert torch.equal(grow(line.mT, 2).mT, grow(line, 2)) and int(grow(line, 2).sum()) == 5
+
+
+def test_growing_far_in_a_large_picture_takes_little_memory():
+    """Of the largest tensor alone: a brush unfolded into channels would be 12853 times the picture."""
+    largest = 0
+
+    class Sizes(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            result = func(*args, **(kwargs or {}))
+            largest = max(largest, result.numel() if isinstance(result, torch.Tensor) else 0)
+            return result
+
+    mask = torch.zeros(1, 1024, 1024)
+    mask[0, 500, 500] = 1
+    with Sizes():
+        grown = grow(mask, 64)
+    assert int(grown.sum()) == 12853 and largest <= 2 * mask.numel()
 
 
 @settings(deadline=None, max_examples=10)
@@ -60,6 +99,13 @@ def test_feathering_ends_after_its_radius(pixels):
     assert bool((edge.diff() >= -1e-6).all()) and 0 < float(edge[0]) < 0.5 < float(edge[-1]) < 1
 
 
+def test_feathering_keeps_flat_grey_bit_by_bit_and_bears_tiny_pictures():
+    grey = torch.full((2, 40, 40), 0.3)
+    assert torch.equal(feather(grey, 7), grey)
+    assert torch.equal(feather(torch.ones(1, 1, 1), 64), torch.ones(1, 1, 1))
+    assert torch.equal(feather(spot(), 0), spot())
+
+
 def test_latent_cells_take_the_largest_value_of_their_pixels_and_frames():
     mask = torch.rand(9, 32, 48)
     cells = latent_mask(mask, HUNYUAN_VAE, 9)
@@ -71,6 +117,12 @@ def test_latent_cells_take_the_largest_value_of_their_pixels_and_frames():
                 assert cells[0, 0, t, y, x] == piece.max()
     assert latent_mask(mask[:1], FLUX_VAE, 1).shape == (1, 1, 1, 4, 6)
     assert torch.equal(latent_mask(mask[:1], HUNYUAN_VAE, 9)[0, 0, 0], latent_mask(mask[:1], HUNYUAN_VAE, 9)[0, 0, 2])
+
+
+def test_compositing_keeps_the_base_beside_a_broken_result():
+    base, alpha = torch.rand(1, 4, 4, 3), torch.zeros(1, 4, 4)
+    generated = torch.full((2, 1, 4, 4, 3), float("nan"))
+    assert torch.equal(composite(generated, base, alpha), base.expand(2, -1, -1, -1, -1))
 
 
 def test_compositing_is_exact_outside_and_inside():
@@ -93,19 +145,40 @@ def test_outpainting_repaints_new_pixels_and_a_strip_beside_them():
     assert float(outpaint_mask(given, (10, 12), (4, 0, 0, 3), 2)[0, 4, 12]) == 0.5
 
 
+@given(st.integers(1, 12), st.integers(1, 12), st.tuples(*[st.integers(0, 3)] * 4), st.integers(0, 15))
+def test_outpainting_keeps_only_what_is_far_from_every_new_edge(height, width, outpaint, overlap):
+    left, top, right, bottom = outpaint
+    mask = outpaint_mask(None, (height, width), outpaint, overlap)[0]
+    for y in range(height + top + bottom):
+        for x in range(width + left + right):
+            inside = (x - left, y - top, left + width - 1 - x, top + height - 1 - y)
+            near = [far < (overlap if new else 0) for far, new in zip(inside, outpaint, strict=True)]
+            assert mask[y, x] == float(any(near))
+
+
 @pytest.mark.parametrize(
     ("mask", "message"),
     [
         (torch.ones(32, 48), "mask is 48x32 and the picture 64x64"),
         (torch.ones(3, 64, 64), "3 frames; give one for all, or 9"),
         (torch.zeros(64, 64), "empty"),
-        (torch.full((64, 64), 255.0), "outside 0 to 1"),
-        (torch.full((64, 64), float("nan")), "outside 0 to 1"),
+        (torch.full((64, 64), 255.0), "from 255 to 255, outside 0 to 1; divide"),
+        (torch.full((64, 64), -0.5), "from -0.5 to -0.5, outside 0 to 1"),
+        (torch.full((64, 64), float("nan")), "not finite"),
+        (torch.full((64, 64), float("inf")), "not finite"),
+        (torch.ones(1, 1, 64, 64), r"shape \(1, 1, 64, 64\); give"),
+        (torch.ones(64), r"shape \(64,\); give"),
     ],
 )
 def test_bad_masks_name_the_fault_and_the_fix(mask, message):
     with pytest.raises(ValueError, match=message):
         check_mask(mask, (64, 64), 9)
+
+
+def test_a_full_mask_is_right_and_said(caplog):
+    with caplog.at_level(logging.INFO):
+        assert torch.equal(check_mask(torch.ones(8, 8, dtype=torch.uint8), (8, 8), 1), torch.ones(1, 8, 8))
+    assert "everything is made anew" in caplog.text
 
 
 def test_good_masks_pass():

@@ -166,6 +166,24 @@ def test_saved_models_load_again(comfy, info):
     assert comfy.run(filled({**BASE, "1": loader, "6": ksampler(["1", 0])}, info)).outputs["8"]["images"]
 
 
+def test_sharded_models_are_one_entry_and_load(comfy, info):
+    from kandinsky5_core.loading import NANO_FOLDER
+    from kandinsky5_core.weights.convert import convert
+
+    folder = comfy.base / "models" / "diffusion_models" / "my-nano" / "transformer"
+    folder.parent.mkdir()
+    convert(NANO_FOLDER / "video" / "dit.safetensors", folder, layout="diffusers", shard_size=4_000_000)
+    assert len(list(folder.glob("*-of-*.safetensors"))) > 1
+    (comfy.base / "models" / "diffusion_models" / "old.ckpt").write_bytes(b"pickle")
+    offered = comfy.object_info()["K5LoadAll"]["input"]["required"]["model_name"]
+    names = offered[0] if isinstance(offered[0], list) else offered[1]["options"]
+    index = next(name for name in names if "my-nano" in name)
+    assert [name for name in names if "my-nano" in name] == [index] and "old.ckpt" not in names
+    parts = dict.fromkeys(("text_encoder", "clip_name", "vae_name"), "built-in: nano-video")
+    loader = {"class_type": "K5LoadAll", "inputs": {"model_name": index, "variant": "nano-video", **parts}}
+    assert comfy.run(filled({**BASE, "1": loader, "6": ksampler(["1", 0])}, info)).outputs["8"]["images"]
+
+
 def test_same_seed_same_result_and_rows_are_single_runs(comfy, info):
     def pictures(seed, batch):
         flow = read("text_to_image")
