@@ -42,8 +42,6 @@ KEYFRAMES = FitConfig(
     num_steps=3000, learning_rate=1e-3, optimizer="muon", warmup_steps=100, ema_decay=0.998, checkpoint_every=250,
     seed=SEED + 3,
 )  # fmt: skip
-FINER = replace(KEYFRAMES, num_steps=1800, learning_rate=1.2e-3, seed=SEED + 4)
-"""The same once more on other clips: outlines are learned last."""
 GIVEN_SHARES = {"none": 0.3, "first": 0.25, "first_and_last": 0.15, "last": 0.08, "some": 0.1, "beginning": 0.12}
 """Of the last stage's clips."""
 
@@ -165,9 +163,6 @@ def train_dit(folder: Path, encoder: TextEncoder) -> Path:
     model.load_state_dict(average.state_dict())
     batches = NanoBatches(pool, 0.1, keyframes=True)
     average = fit(model, replace(objective, batches=batches), KEYFRAMES, folder / "dit-keyframes")
-    model.load_state_dict(average.state_dict())
-    batches = replace(batches, pool=make_pool(encoder, code, SEED + 5, NUM_CLIPS))
-    average = fit(model, replace(objective, batches=batches), FINER, folder / "dit-finer")
     result = folder / "dit.safetensors"
     write_tensors(result, average.state_dict())
     return result
