@@ -13,7 +13,7 @@ from torch import Tensor
 
 MAX_SIDE = 2048
 """128 tokens of 16 pixels: as far as the rotary tables of the released models reach."""
-MAX_RATIO = 4.0
+MAX_RATIO = 4
 """Longer to shorter side; the widest that the models know is 2.2."""
 
 
@@ -29,22 +29,37 @@ class Canvas:
     """Of the picture on the frame, before cropping or padding."""
     offset: tuple[int, int] = (0, 0)
     """(top, left) of the cut out of the resized picture."""
+    covers: bool = False
+    """The picture fills the frame and the result stays as large as that; else it comes back at the source's size.
+    Said, and not read from the sizes: a picture of the frame's own aspect is covered without a cut."""
 
     @property
-    def pads(self) -> bool:
-        """The whole picture is on the frame, so the result can come back at its own size."""
-        return self.resized[0] <= self.work[0] and self.resized[1] <= self.work[1]
+    def result_size(self) -> tuple[int, int]:
+        """Of what `from_work` gives."""
+        return self.work if self.covers else self.source
 
     def to_work(self, frames: Tensor) -> Tensor:
         """(F, H, W, C) of the source size on the frame, (F, h, w, C); bit-exact where nothing is scaled."""
+        middle = self._middle()
+        if middle != self.source:
+            top, left = (self.source[0] - middle[0]) // 2, (self.source[1] - middle[1]) // 2
+            return cover(middle, self.work).to_work(frames[:, top : top + middle[0], left : left + middle[1]])
         frames = resize(frames, self.resized)
         top, left = self.offset
         frames = frames[:, top : top + self.work[0], left : left + self.work[1]]
         return extend_edges(frames, (0, 0, self.work[1] - frames.shape[2], self.work[0] - frames.shape[1]))
 
+    def _middle(self) -> tuple[int, int]:
+        """Of the source's middle that is worth scaling: a line of 1x4000 pixels would fill 47 GiB before its cut."""
+        if not self.covers:
+            return self.source
+        (height, width), (rows, columns) = self.source, self.work
+        highest, widest = -(-MAX_RATIO * width * rows // columns), -(-MAX_RATIO * height * columns // rows)
+        return min(height, highest), min(width, widest)
+
     def from_work(self, frames: Tensor) -> Tensor:
-        """(F, h, w, C) back at the source's size; where the picture was cropped, at the size of the frame."""
-        if not self.pads:
+        """(F, h, w, C) back at the source's size; a covered frame as it is."""
+        if self.covers:
             return frames
         return resize(frames[:, : self.resized[0], : self.resized[1]], self.source)
 
@@ -54,7 +69,7 @@ def cover(source: tuple[int, int], work: tuple[int, int]) -> Canvas:
     scale = max(work[0] / source[0], work[1] / source[1])
     resized = max(work[0], round(source[0] * scale)), max(work[1], round(source[1] * scale))
     offset = (resized[0] - work[0]) // 2, (resized[1] - work[1]) // 2
-    return Canvas(source=source, work=work, resized=resized, offset=offset)
+    return Canvas(source=source, work=work, resized=resized, offset=offset, covers=True)
 
 
 def keep(source: tuple[int, int], work: tuple[int, int]) -> Canvas:
@@ -86,7 +101,7 @@ def check_ratio(height: int, width: int) -> None:
     """
     if max(height, width) > MAX_RATIO * min(height, width):
         raise ValueError(
-            f"a picture of {width}x{height} is longer than {MAX_RATIO:.0f}:1, beyond what the models know; crop it, or "
+            f"a picture of {width}x{height} is longer than {MAX_RATIO}:1, beyond what the models know; crop it, or "
             "give width and height to have its centre taken"
         )
 

@@ -13,10 +13,6 @@ from .config import VAEConfig
 
 log = logging.getLogger(__name__)
 
-_GROW_STEP = 15
-"""Radius of one dilation: kornia's cost grows with the area of its kernel."""
-
-
 def check_mask(mask: Tensor, size: tuple[int, int], num_frames: int) -> Tensor:
     """The mask as (F or 1, H, W) fp32.
 
@@ -25,16 +21,22 @@ def check_mask(mask: Tensor, size: tuple[int, int], num_frames: int) -> Tensor:
         size: (height, width) of what it belongs to.
 
     Raises:
-        ValueError: another size or number of frames, values outside [0, 1], or nothing to repaint.
+        ValueError: another shape, size or number of frames, values outside [0, 1], or nothing to repaint.
     """
+    if mask.ndim not in (2, 3):
+        raise ValueError(f"the mask has shape {tuple(mask.shape)}; give (height, width) or (frames, height, width)")
     mask = (mask if mask.ndim == 3 else mask[None]).to(torch.float32)
-    if mask.ndim != 3 or tuple(mask.shape[1:]) != tuple(size):
+    if tuple(mask.shape[1:]) != tuple(size):
         given = "x".join(str(side) for side in reversed(mask.shape[-2:]))
         raise ValueError(f"the mask is {given} and the picture {size[1]}x{size[0]}; make them the same size")
     if len(mask) not in (1, num_frames):
         raise ValueError(f"the mask has {len(mask)} frames; give one for all, or {num_frames}, one for each")
-    if not (torch.isfinite(mask).all() and mask.min() >= 0 and mask.max() <= 1):
-        raise ValueError("the mask has values outside 0 to 1; divide by its maximum first")
+    if not torch.isfinite(mask).all():
+        raise ValueError("the mask has values that are not finite (NaN or infinity); give values from 0 to 1")
+    if mask.min() < 0 or mask.max() > 1:
+        raise ValueError(
+            f"the mask has values from {mask.min():g} to {mask.max():g}, outside 0 to 1; divide bytes by 255"
+        )
     if mask.max() == 0:
         raise ValueError("the mask is empty (all black), so there is nothing to repaint; paint the part white")
     if mask.min() == 1:
@@ -43,25 +45,43 @@ def check_mask(mask: Tensor, size: tuple[int, int], num_frames: int) -> Tensor:
 
 
 def grow(mask: Tensor, pixels: int) -> Tensor:
-    """The mask spread by a round brush of that radius; negative pixels shrink it."""
-    from kornia.morphology import dilation, erosion
+    """The mask spread by a round brush of that radius; negative pixels shrink it. Nothing comes in from outside.
 
-    change = dilation if pixels > 0 else erosion
-    left = abs(pixels)
-    while left > 0:  # round brushes add up: radius a, then b, is radius a + b
-        step = min(left, _GROW_STEP)
-        mask = torch.cat([change(frame[None, None], _disk(step), engine="convolution")[0] for frame in mask])
-        left -= step
-    return mask
+    Equal to kornia's `dilation` and `erosion` with a disk, whose time and memory grow with the disk's area: minutes
+    and gigabytes at 1024x1024. Here time grows with the radius, and memory with its logarithm.
+    """
+    sign = 1 if pixels > 0 else -1  # shrinking what is masked is growing what is not
+    return torch.stack([sign * _dilated(sign * frame, abs(pixels)) for frame in mask])
 
 
-def _disk(radius: int) -> Tensor:
-    offsets = torch.arange(-radius, radius + 1)
-    return (offsets[:, None] ** 2 + offsets[None] ** 2 <= radius**2).float()
+def _dilated(frame: Tensor, radius: int) -> Tensor:
+    """The maximum over a disk around every pixel of (H, W), as the maximum over the disk's rows."""
+    height, width = frame.shape
+    reach = min(radius, width - 1)
+    runs = _runs(F.pad(frame, (reach, reach), value=-math.inf), 2 * reach + 1)
+    grown = frame.clone()
+    for dy in range(min(radius, height - 1) + 1):
+        half = min(math.isqrt(radius**2 - dy**2), reach)
+        # Two runs, which may overlap, make the disk's row: one from its first pixel on, one up to its last.
+        power = (2 * half + 1).bit_length() - 1
+        first, last = reach - half, reach + half + 1 - 2**power
+        row = torch.maximum(runs[power][:, first : first + width], runs[power][:, last : last + width])
+        grown[dy:] = torch.maximum(grown[dy:], row[: height - dy])
+        grown[: height - dy] = torch.maximum(grown[: height - dy], row[dy:])
+    return grown
+
+
+def _runs(frame: Tensor, longest: int) -> list[Tensor]:
+    """For k = 0, 1, ...: the maximum of the 2^k pixels that start at each one, while 2^k <= `longest`."""
+    runs = [frame]
+    while 2 ** len(runs) <= longest:
+        step = 2 ** (len(runs) - 1)
+        runs.append(torch.maximum(runs[-1][:, :-step], runs[-1][:, step:]))
+    return runs
 
 
 def feather(mask: Tensor, pixels: int) -> Tensor:
-    """The mask blurred over `pixels` to each side of its edge: unchanged further away than that."""
+    """The mask blurred over `pixels` to each side of its edge: unchanged further away, along rows or columns."""
     from kornia.filters import gaussian_blur2d
 
     if pixels < 1:
@@ -69,8 +89,14 @@ def feather(mask: Tensor, pixels: int) -> Tensor:
     size = 2 * pixels + 1
     blurred = gaussian_blur2d(mask[:, None], (size, size), (pixels / 2, pixels / 2), border_type="replicate")[:, 0]
     # The blur's weights add up to 1 only nearly; far from an edge the mask must be itself.
-    spread = F.max_pool2d(mask[:, None], size, 1, pixels)[:, 0] - (-F.max_pool2d(-mask[:, None], size, 1, pixels))[:, 0]
-    return torch.where(spread > 0, blurred.clamp(0, 1), mask)
+    varies = _square_maximum(mask, pixels) > -_square_maximum(-mask, pixels)
+    return torch.where(varies, blurred.clamp(0, 1), mask)
+
+
+def _square_maximum(mask: Tensor, pixels: int) -> Tensor:
+    """Over a square around every pixel; along rows and then columns, for time to grow with its side and not area."""
+    size = 2 * pixels + 1
+    return F.max_pool2d(F.max_pool2d(mask[:, None], (1, size), 1, (0, pixels)), (size, 1), 1, (pixels, 0))[:, 0]
 
 
 def outpaint_mask(
@@ -90,8 +116,8 @@ def outpaint_mask(
     inner = torch.zeros_like(new)
     inner[
         :,
-        top + (overlap if top else 0) : top + height - (overlap if bottom else 0),
-        left + (overlap if left else 0) : left + width - (overlap if right else 0),
+        top + (overlap if top else 0) : max(0, top + height - (overlap if bottom else 0)),
+        left + (overlap if left else 0) : max(0, left + width - (overlap if right else 0)),
     ] = 1
     return torch.where(inner > 0, new, torch.ones_like(new))
 

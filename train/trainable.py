@@ -87,7 +87,7 @@ def _key(name: str) -> str:
 
 
 def _adding(pair: LoraPair) -> Any:
-    def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:  # noqa: ARG001
         return output + pair(inputs[0])
 
     return hook

@@ -6,6 +6,7 @@ Frames are (F, H, W, 3) float in [0, 1]; sizes are (height, width) in pixels.
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import dataclass, replace
 
@@ -20,6 +21,9 @@ SUBSAMPLING = 3
 
 RADIUS = {"small": (6.0, 7.5), "big": (10.0, 12.0)}
 """Half extent in pixels of a 64-pixel frame."""
+
+STAR_RADIUS, STAR_DEPTH = 1.6, 0.45
+"""Of a star, for teaching the models a new shape: its outer radius in radii, and its inner one as a share of that."""
 
 TRAVEL = (16.0, 26.0)
 """Pixels of a 64-pixel frame that a moving shape covers in one clip."""
@@ -75,7 +79,19 @@ def _coverage(shape: str | None, x: Tensor, y: Tensor, radius: float) -> Tensor:
         circumradius = radius * 1.2
         bottom = circumradius / 2
         return ((y <= bottom) & (y >= -circumradius + 3**0.5 * x.abs())).float()
-    raise ValueError(f"unknown shape '{shape}'; known: {', '.join(SHAPES)}")
+    if shape == "star":
+        return _star(x, y, radius * STAR_RADIUS)
+    raise ValueError(f"unknown shape '{shape}'; known: {', '.join(SHAPES)}, and star, which the models do not know")
+
+
+def _star(x: Tensor, y: Tensor, outer: float) -> Tensor:
+    """Five points, the first upwards."""
+    half = math.pi / 5
+    angle = (torch.atan2(x, -y) + half) % (2 * half) - half
+    angle = angle.abs()  # from the nearest point, 0 to 36 degrees
+    inner = outer * STAR_DEPTH
+    edge = outer * inner * math.sin(half) / (inner * torch.sin(half - angle) + outer * torch.sin(angle))
+    return ((x * x + y * y).sqrt() <= edge).float()
 
 
 def draw(scene: Scene, trajectory: Trajectory, num_frames: int, size: tuple[int, int]) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .drawing import Trajectory, draw
+from .drawing import STAR_DEPTH, STAR_RADIUS, Trajectory, draw
 from .language import BACKGROUNDS, COLORS, Scene
 
 FOREGROUND = 0.25
@@ -65,11 +65,15 @@ class Sighting:
     @property
     def radius(self) -> float | None:
         """Half extent as the drawing program counts it, in sides: the same for all shapes of one size."""
-        return None if self.shape is None or self.extent is None else self.extent / AREAS[self.shape] ** 0.5
+        return None if self.shape is None or self.extent is None else self.extent / area_of(self.shape) ** 0.5
 
 
-def recognise(frames: Tensor) -> Sighting:
-    """What the clip shows."""
+def recognise(frames: Tensor, *, taught: tuple[str, ...] = ()) -> Sighting:
+    """What the clip shows.
+
+    Args:
+        taught: Shapes beyond the language that may be there: 'star'.
+    """
     frames = frames.float()
     background = _border(frames).median(dim=0).values
     background_name = _nearest(background, BACKGROUNDS)
@@ -88,7 +92,7 @@ def recognise(frames: Tensor) -> Sighting:
     extent = float(_areas(coverage > 0.5).median().sqrt())
     return Sighting(
         color=_nearest(color, COLORS),
-        shape=_shape(coverage, path),
+        shape=_shape(coverage, path, taught),
         motion=_motion(path),
         background=background_name,
         path=tuple((float(x), float(y)) for x, y in path),
@@ -166,25 +170,32 @@ def _motion(path: Tensor) -> str | None:
     return "down" if y > 0 else "up"
 
 
-def _shape(coverage: Tensor, path: Tensor) -> str | None:
+def _shape(coverage: Tensor, path: Tensor, taught: tuple[str, ...]) -> str | None:
     """The likely shape, unless the outline says clearly otherwise; None where what is there has the outline of none."""
     likely = _likely_shape(coverage)
     if likely is None:
         return None
     frames = list(zip(coverage > 0.5, path, strict=True))
     overlaps = {
-        name: float(torch.tensor([_overlap(name, mask, centre) for mask, centre in frames]).median()) for name in AREAS
+        name: float(torch.tensor([_overlap(name, mask, centre) for mask, centre in frames]).median())
+        for name in (*AREAS, *taught)
     }
     best = max(overlaps, key=overlaps.__getitem__)
-    name = best if overlaps[best] > overlaps[likely] + CLEARLY else likely
+    name = best if best in taught or overlaps[best] > overlaps[likely] + CLEARLY else likely
     return name if overlaps[name] >= MATCH else None
+
+
+def area_of(shape: str) -> float:
+    """In square radii."""
+    star = 5 * STAR_RADIUS**2 * STAR_DEPTH * math.sin(math.pi / 5)
+    return star if shape == "star" else AREAS[shape]
 
 
 def _overlap(shape: str, mask: Tensor, centre: Tensor) -> float:
     """Intersection over union of (H, W) with an ideal shape of the same area at `centre` (sides)."""
     size = (mask.shape[0], mask.shape[1])
     x, y = (centre * min(size)).tolist()
-    trajectory = Trajectory(start=(x, y), end=(x, y), radius=(float(mask.sum()) / AREAS[shape]) ** 0.5)
+    trajectory = Trajectory(start=(x, y), end=(x, y), radius=(float(mask.sum()) / area_of(shape)) ** 0.5)
     ideal = draw(Scene(color="white", shape=shape, background="black"), trajectory, 1, size)[0, ..., 0] > 0.5
     return float((mask & ideal).sum() / (mask | ideal).sum())
 

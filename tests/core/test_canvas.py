@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kandinsky5_core.canvas import check_ratio, check_side, cover, extend_edges, keep, kept_size
@@ -10,6 +10,7 @@ from kandinsky5_core.canvas import check_ratio, check_side, cover, extend_edges,
 SIDES = st.integers(1, 300)
 
 
+@settings(deadline=None)
 @given(SIDES, SIDES, st.integers(1, 12), st.integers(1, 12))
 def test_every_picture_fits_and_comes_back_at_its_size(height, width, rows, columns):
     frames = torch.rand(1, height, width, 3)
@@ -22,6 +23,7 @@ def test_every_picture_fits_and_comes_back_at_its_size(height, width, rows, colu
         assert canvas.result_size == (work if place is cover else (height, width))
 
 
+@settings(deadline=None)
 @given(SIDES, SIDES)
 def test_a_kept_picture_is_only_padded_on_a_frame_of_its_size_rounded_up(height, width):
     frames = torch.rand(1, height, width, 3)
@@ -44,6 +46,26 @@ def test_cover_keeps_the_aspect_and_takes_the_centre():
 def test_a_covered_frame_is_the_result_whatever_the_aspect(source):
     result = torch.rand(1, 40, 40, 3)
     assert torch.equal(cover(source, (40, 40)).from_work(result), result)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_the_middle_of_a_line_covers_a_frame_without_scaling_all_of_it(turned):
+    line = torch.zeros(1, 1, 400_000, 3)
+    line[:, :, 199_998:200_002] = 1  # scaled whole it would take 4 TiB
+    line = line.transpose(1, 2) if turned else line
+    canvas = cover(tuple(line.shape[1:3]), (1024, 1024))
+    assert torch.equal(canvas.to_work(line), torch.ones(1, 1024, 1024, 3))
+
+
+@settings(deadline=None)
+@given(st.integers(1, 10**5), st.integers(1, 10**5), st.integers(1, 128), st.integers(1, 128))
+def test_covering_scales_at_most_what_the_ratio_allows(height, width, rows, columns):
+    canvas = cover((height, width), (16 * rows, 16 * columns))
+    middle = canvas._middle()
+    within = cover(middle, canvas.work)
+    assert within._middle() == middle
+    scale = max(work / given_side for work, given_side in zip(canvas.work, middle, strict=True))
+    assert all(side <= 4 * work + scale + 1 for side, work in zip(within.resized, canvas.work, strict=True))
 
 
 def test_a_picture_of_the_frames_size_is_untouched():

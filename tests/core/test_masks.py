@@ -145,6 +145,7 @@ def test_outpainting_repaints_new_pixels_and_a_strip_beside_them():
     assert float(outpaint_mask(given, (10, 12), (4, 0, 0, 3), 2)[0, 4, 12]) == 0.5
 
 
+@settings(deadline=None)
 @given(st.integers(1, 12), st.integers(1, 12), st.tuples(*[st.integers(0, 3)] * 4), st.integers(0, 15))
 def test_outpainting_keeps_only_what_is_far_from_every_new_edge(height, width, outpaint, overlap):
     left, top, right, bottom = outpaint

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 from pathlib import Path
@@ -47,6 +48,32 @@ LAYERS = """
   });
 }
 """
+MEDIA = """
+(type) => {
+  const node = window.app.graph._nodes.find(node => node.type === type);
+  const videos = [...(node.videoContainer?.querySelectorAll('video') ?? [])];
+  const widths = [...(node.imgs ?? []).map(image => image.naturalWidth), ...videos.map(video => video.videoWidth)];
+  return widths.length > 0 && widths.every(width => width > 0) ? widths : null;
+}
+"""
+SELECT = """
+(type) => {
+  const canvas = window.app.canvas, node = window.app.graph._nodes.find(node => node.type === type);
+  // The buttons float above the node: bring its title to the middle, or they lie under the tabs.
+  canvas.ds.scale = 1;
+  canvas.ds.offset = [600 - node.pos[0], 500 - node.pos[1]];
+  canvas.deselectAll();
+  canvas.selectNode(node, false);
+  canvas.setDirty(true, true);
+}
+"""
+HELP = """
+(type) => {
+  // The panel may still show another node's page: wait for the one that has this node's name.
+  const text = document.querySelector('.node-help-content')?.innerText ?? '';
+  return text.includes(window.LiteGraph.registered_node_types[type].title) ? text : null;
+}
+"""
 ADD_NOTE = """
 (text) => {
   const note = window.LiteGraph.createNode('MarkdownNote');
@@ -62,6 +89,13 @@ def chromium() -> str | None:
     return os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
 
 
+def missing_browser() -> str | None:
+    """Why there can be no browser here; None where there can."""
+    if chromium() is None:
+        return "no Chromium on the PATH or in $CHROMIUM"
+    return None if importlib.util.find_spec("playwright") else "playwright is not installed"
+
+
 class Browser:
     """One page on a server's frontend; a context manager."""
 
@@ -72,11 +106,16 @@ class Browser:
         from playwright.sync_api import sync_playwright
 
         self._playwright = sync_playwright().start()
-        self._browser = self._playwright.chromium.launch(executable_path=chromium(), args=list(FLAGS))
-        self.page = self._browser.new_page(viewport={"width": 1600, "height": 1000})
-        self.errors: list[str] = []
-        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
-        self.set_locale(self.locale)
+        try:
+            self._browser = self._playwright.chromium.launch(executable_path=chromium(), args=list(FLAGS))
+            self.page = self._browser.new_page(viewport={"width": 1600, "height": 1000})
+            self.errors: list[str] = []
+            self.page.on("pageerror", lambda error: self.errors.append(str(error)))
+            self.set_locale(self.locale)
+        except BaseException:
+            # A Playwright left running breaks every later one of this process; it ends its Chromium too.
+            self._playwright.stop()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -92,7 +131,8 @@ class Browser:
         self.page.wait_for_timeout(1500)
 
     def load(self, graph: dict[str, Any], *, api: bool = False) -> None:
-        """Open a workflow as dropping its file on the canvas does."""
+        """Open a workflow as dropping its file on the canvas does; forgets the errors of the one before."""
+        self.errors.clear()
         if api:
             self.load_api(graph)
             return
@@ -133,6 +173,16 @@ class Browser:
                 return found[prompt_id]
             self.page.wait_for_timeout(200)
         raise TimeoutError(f"the prompt did not end in {timeout_ms} ms")
+
+    def shown_media(self, node_type: str, timeout_ms: int = 20_000) -> list[int]:
+        """Widths of the pictures or videos that a node shows, once all of them are loaded."""
+        return self.page.wait_for_function(MEDIA, arg=node_type, timeout=timeout_ms).json_value()
+
+    def help_text(self, node_type: str) -> str:
+        """What the help panel says after a click on the node's info button."""
+        self.page.evaluate(SELECT, node_type)
+        self.page.locator('[data-testid="info-button"]').click()
+        return self.page.wait_for_function(HELP, arg=node_type, timeout=20_000).json_value()
 
     def fit(self) -> None:
         """Show the whole graph."""

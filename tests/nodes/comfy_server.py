@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
 from urllib.parse import urlencode
-from urllib.request import Request, urlopen
+from urllib.request import ProxyHandler, Request, build_opener
 
 import psutil
+from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
 PACK = Path(__file__).parents[2]
@@ -37,6 +38,8 @@ PACKED = (
     "pyproject.toml",
     "subgraphs",
 )
+# A proxy in the environment must not see requests to loopback.
+urlopen = build_opener(ProxyHandler({})).open
 
 
 def comfyui_path() -> Path | None:
@@ -104,7 +107,6 @@ class ComfyServer:
     def __enter__(self) -> ComfyServer:
         for folder in ("custom_nodes", "input", "output", "temp", "user", "models/loras", "models/diffusion_models"):
             (self.base / folder).mkdir(parents=True)
-        self._install()
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
@@ -126,16 +128,9 @@ class ComfyServer:
             "--preview-method",
             "latent2rgb",
         ]
-        with self.log_path.open("wb") as log:
-            self.process = subprocess.Popen(
-                command,
-                cwd=self.comfyui,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                env={**os.environ, "HF_HUB_OFFLINE": "1"},
-            )
         try:
+            self._install()
+            self._start(command)
             self._wait_until_ready()
         except BaseException:
             self.stop()
@@ -155,6 +150,19 @@ class ComfyServer:
                 os.killpg(self.process.pid, signal.SIGKILL)
                 self.process.wait(10)
         shutil.rmtree(self.root, ignore_errors=True)
+
+    def _start(self, command: list[str]) -> None:
+        # The tests' own paths would let the pack find modules that a user's ComfyUI does not have.
+        kept = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")}
+        with self.log_path.open("wb") as log:
+            self.process = subprocess.Popen(
+                command,
+                cwd=self.comfyui,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                env={**kept, "HF_HUB_OFFLINE": "1"},
+            )
 
     def _install(self) -> None:
         pack = self.base / "custom_nodes" / self.folder_name
@@ -211,32 +219,52 @@ class ComfyServer:
         """Every node's schema."""
         return self.get("/object_info")
 
+    def upload_image(self, name: str, png: bytes) -> str:
+        """Put a picture into the input folder as the UI does; the name that LoadImage takes."""
+        edge = uuid.uuid4().hex
+        head = f'--{edge}\r\nContent-Disposition: form-data; name="image"; filename="{name}"\r\n\r\n'
+        body = head.encode() + png + f"\r\n--{edge}--\r\n".encode()
+        kind = {"Content-Type": f"multipart/form-data; boundary={edge}"}
+        with urlopen(Request(f"{self.url}/upload/image", body, kind), timeout=30) as response:
+            return json.load(response)["name"]
+
+    def interrupt(self) -> None:
+        """Press cancel."""
+        self.post("/interrupt")
+
+    def free(self) -> None:
+        """Ask for models and cached results to be dropped; done by the worker shortly after."""
+        self.post("/free", {"unload_models": True, "free_memory": True})
+
     def memory(self) -> int:
         """Resident bytes of the process."""
         return psutil.Process(self.process.pid).memory_info().rss
 
-    def run(self, workflow: dict[str, Any], *, interrupt_at: int | None = None) -> Run:
+    def run(
+        self, workflow: dict[str, Any], *, interrupt_at: int | None = None, interrupt_in: str | None = None
+    ) -> Run:
         """Queue an API workflow and wait for its end.
 
         Args:
             interrupt_at: Press cancel when a progress of this many steps comes.
+            interrupt_in: Press cancel when this node begins.
 
         Raises:
             NodeError: a node failed, or the prompt was refused (`node_errors`).
         """
-        with connect(f"ws://127.0.0.1:{self.port}/ws?clientId={self.client_id}", max_size=None) as socket_:
+        with connect(f"ws://127.0.0.1:{self.port}/ws?clientId={self.client_id}", max_size=None, proxy=None) as socket_:
             try:
                 answer = self.post("/prompt", {"prompt": workflow, "client_id": self.client_id})
             except HTTPError as error:
                 raise _refused(json.load(error)) from error
             if answer["node_errors"]:
                 raise _refused(answer)
-            return self._follow(socket_, Run(prompt_id=answer["prompt_id"]), interrupt_at)
+            return self._follow(socket_, Run(prompt_id=answer["prompt_id"]), interrupt_at, interrupt_in)
 
-    def _follow(self, socket_: Any, run: Run, interrupt_at: int | None) -> Run:
+    def _follow(self, socket_: Any, run: Run, interrupt_at: int | None, interrupt_in: str | None) -> Run:
         end = time.monotonic() + RUN_SECONDS
         while time.monotonic() < end:
-            message = socket_.recv(timeout=RUN_SECONDS)
+            message = self._next(socket_, end - time.monotonic())
             if isinstance(message, bytes):
                 run.previews += 1
                 continue
@@ -247,8 +275,10 @@ class ComfyServer:
             if kind == "progress":
                 run.progress.append((data["node"], data["value"], data["max"]))
                 if interrupt_at is not None and data["value"] >= interrupt_at:
-                    self.post("/interrupt")
+                    self.interrupt()
                     interrupt_at = None
+            elif kind == "executing" and data["node"] is not None and data["node"] == interrupt_in:
+                self.interrupt()
             elif kind == "executed" and data.get("output"):
                 run.outputs[data["node"]] = data["output"]
             elif kind == "execution_error":
@@ -260,6 +290,14 @@ class ComfyServer:
                 run.outputs = {**self._history(run.prompt_id)["outputs"], **run.outputs}
                 return run
         raise TimeoutError(f"the prompt did not end in {RUN_SECONDS} s:\n{self.log()[-3000:]}")
+
+    def _next(self, socket_: Any, seconds: float) -> str | bytes:
+        try:
+            return socket_.recv(timeout=seconds)
+        except TimeoutError:
+            raise TimeoutError(f"no message of the prompt in {seconds:.0f} s:\n{self.log()[-3000:]}") from None
+        except ConnectionClosed as error:
+            raise RuntimeError(f"ComfyUI hung up ({self.process.poll()}):\n{self.log()[-3000:]}") from error
 
     def _history(self, prompt_id: str) -> dict[str, Any]:
         """The record of a prompt, which is written just after its end is told."""

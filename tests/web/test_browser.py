@@ -5,22 +5,13 @@ import json
 import pytest
 
 from kandinsky5_core.config import VARIANTS
-from tests.nodes.browser import Browser, chromium
 from tests.nodes.comfy_server import PACK
 
 WORKFLOWS = sorted((PACK / "workflows").glob("*.json"))
 
 
-@pytest.fixture(scope="module")
-def page(comfy):
-    if chromium() is None:
-        pytest.skip("no Chromium on the PATH or in $CHROMIUM")
-    with Browser(comfy.url) as browser:
-        yield browser
-
-
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
-def test_workflows_open_and_run_from_the_button(page, path):
+def test_workflows_open_run_from_the_button_and_show_their_result(page, path):
     page.load(json.loads(path.read_text()))
     assert page.missing_nodes() == []
     shipped = json.loads((path.parent / "api" / path.name).read_text())
@@ -30,6 +21,8 @@ def test_workflows_open_and_run_from_the_button(page, path):
     history = page.run()
     assert history["status"]["status_str"] == "success"
     assert any(output.get("images") for output in history["outputs"].values())
+    saving = {node["class_type"] for node in sent.values()} & {"SaveImage", "SaveVideo"}
+    assert saving and all(min(page.shown_media(node)) > 0 for node in saving)
     assert page.errors == []
 
 
@@ -71,6 +64,17 @@ def test_help_page_is_where_the_frontend_looks(comfy, page, node):
     for folder in (comfy.folder_name, asked):
         answer = page.page.request.get(f"{comfy.url}/extensions/{folder}/docs/{node}.md")
         assert answer.ok and "4k+1" in answer.text()
+
+
+@pytest.mark.parametrize(("locale", "file"), [("en", "K5EmptyLatent.md"), ("ru", "K5EmptyLatent/ru.md")])
+def test_help_opens_in_the_users_language(page, locale, file):
+    sentence = next(line for line in (PACK / "web" / "docs" / file).read_text().splitlines()[1:] if line.isprintable() and line)
+    page.set_locale(locale)
+    try:
+        page.load(json.loads((PACK / "workflows" / "text_to_video.json").read_text()))
+        assert sentence[:40] in page.help_text("K5EmptyLatent")
+    finally:
+        page.set_locale("en")
 
 
 @pytest.mark.parametrize("locale", ["ru", "zh"])
