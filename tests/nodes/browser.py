@@ -56,10 +56,10 @@ MEDIA = """
   return widths.length > 0 && widths.every(width => width > 0) ? widths : null;
 }
 """
-SELECT = """
+SHOW = """
 (type) => {
   const canvas = window.app.canvas, node = window.app.graph._nodes.find(node => node.type === type);
-  // The buttons float above the node: bring its title to the middle, or they lie under the tabs.
+  // The title in the middle: only what is in view loads its media, and the buttons above it may not lie under the tabs.
   canvas.ds.scale = 1;
   canvas.ds.offset = [600 - node.pos[0], 500 - node.pos[1]];
   canvas.deselectAll();
@@ -176,11 +176,12 @@ class Browser:
 
     def shown_media(self, node_type: str, timeout_ms: int = 20_000) -> list[int]:
         """Widths of the pictures or videos that a node shows, once all of them are loaded."""
+        self.page.evaluate(SHOW, node_type)
         return self.page.wait_for_function(MEDIA, arg=node_type, timeout=timeout_ms).json_value()
 
     def help_text(self, node_type: str) -> str:
         """What the help panel says after a click on the node's info button."""
-        self.page.evaluate(SELECT, node_type)
+        self.page.evaluate(SHOW, node_type)
         self.page.locator('[data-testid="info-button"]').click()
         return self.page.wait_for_function(HELP, arg=node_type, timeout=20_000).json_value()
 

@@ -31,10 +31,10 @@ def test_every_node_has_tooltips_a_category_and_is_in_the_list(comfy, info):
                 assert len(spec) > 1 and spec[1].get("tooltip"), f"{name}.{input_name} has no tooltip"
 
 
-def test_start_is_quick_and_quiet(comfy):
-    seconds = re.search(r"([\d.]+) seconds: .*ComfyUI-Kandinsky-5.0", comfy.log())
-    assert seconds is not None
-    assert "IMPORT FAILED" not in [line for line in comfy.log().splitlines() if "Kandinsky" in line]
+def test_start_is_quiet(comfy):
+    lines = [line for line in comfy.log().splitlines() if "Kandinsky" in line]
+    assert re.search(r"[\d.]+ seconds: .*ComfyUI-Kandinsky-5.0", "\n".join(lines))
+    assert not [line for line in lines if "IMPORT FAILED" in line or "are off" in line]
 
 
 @pytest.mark.parametrize(
