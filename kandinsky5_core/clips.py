@@ -14,6 +14,10 @@ from torch import Tensor
 
 from .canvas import cover
 from .request import Request
+from .sampling.noise import MAX_SEED
+
+CHUNK_STRIDE = 1_000_003
+"""Between the seeds of a clip's chunks: the same for a row of a batch as for that row alone."""
 
 Make = Callable[[Request], Tensor]
 """Runs one resolved request; its frames (B, F, H, W, 3)."""
@@ -43,7 +47,8 @@ def extended(request: Request, make: Make) -> Tensor:
     for row in rows_of(request):
         clip = cover(tuple(row.extend.shape[1:3]), (row.height, row.width)).to_work(row.extend.float())
         for chunk in range(request.chunks):
-            piece = make(replace(row, extend=clip[-row.overlap :], chunks=1, seed=row.seed + chunk * request.batch))[0]
+            seed = (row.seed + chunk * CHUNK_STRIDE) % MAX_SEED
+            piece = make(replace(row, extend=clip[-row.overlap :], chunks=1, seed=seed))[0]
             clip = join(clip, piece, row.overlap)
         rows.append(clip)
     return torch.stack(rows)

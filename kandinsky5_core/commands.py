@@ -27,6 +27,9 @@ from .weights.convert import convert
 from .weights.detect import inspect_file
 from .weights.soup import Part, soup
 
+SNAP = 16 / 255
+"""Mask values this near to black or white are that."""
+
 
 def generate_command(args: argparse.Namespace) -> dict[str, object]:
     """Check everything, then load, generate and write."""
@@ -42,6 +45,7 @@ def generate_command(args: argparse.Namespace) -> dict[str, object]:
     paths = output_paths(args.out, request.batch)
     for path in paths:
         check_output(path, request.num_frames, height=request.height, width=request.width)
+        check_even(path, request)
     began = time.perf_counter()
     models = load_files(files, device=args.device, dtype=args.dtype, lm_head=args.enhance)
     load_seconds = round(time.perf_counter() - began, 3)
@@ -50,7 +54,7 @@ def generate_command(args: argparse.Namespace) -> dict[str, object]:
     with step_bar() as on_step:
         result = generate(models, request, on_step)
     for row, path in enumerate(paths):
-        write_result(path, result, models.model_hash, row)
+        write_result(path, result, models.model_hash, row, fps=clip_fps(args))
     return {
         "out": str(args.out) if len(paths) == 1 else [str(path) for path in paths],
         "seed": request.seed,
@@ -59,6 +63,21 @@ def generate_command(args: argparse.Namespace) -> dict[str, object]:
         "model_hash": models.model_hash,
         "settings": result.settings,
     }
+
+
+def check_even(path: Path, request: Request) -> None:
+    """Refuse odd sides for video formats before any work: a kept clip comes back at its own size."""
+    if path.suffix.lower() not in (".mp4", ".webm") or request.fit != "keep" or request.video is None:
+        return
+    height, width = request.given_size
+    if height % 2 or width % 2:
+        raise ValueError(f"the result is {width}x{height} and {path.suffix} needs even sides; use .gif or --fit cover")
+
+
+def clip_fps(args: argparse.Namespace) -> float | None:
+    """Frames a second of the clip that is worked on; None where there is none."""
+    given = args.video or args.extend
+    return None if given is None else read_video(given)[1]
 
 
 def request_of(args: argparse.Namespace, task: str) -> Request:
@@ -116,7 +135,11 @@ def read_clip(path: Path) -> Tensor:
 def read_mask(path: Path) -> Tensor:
     """A mask from a picture (H, W) or a clip (F, H, W), by its brightness; fp32 in [0, 1]."""
     pixels = read_clip(path) if path.suffix.lower() in (".mp4", ".webm", ".gif", ".mov", ".mkv") else read_image(path)
-    return pixels.mean(dim=-1)
+    mask = pixels.mean(dim=-1)
+    # What lossy files make of black and white.
+    mask[mask < SNAP] = 0
+    mask[mask > 1 - SNAP] = 1
+    return mask
 
 
 def read_keyframes(given: Sequence[str]) -> dict[int, Tensor]:
@@ -163,15 +186,19 @@ def step_bar() -> Iterator[OnStep]:
         bar.close()
 
 
-def write_result(path: Path, result: Result, model_hash: str, row: int = 0) -> None:
-    """One result to a file by its suffix, with the request, its seed and the model's hash in its metadata."""
+def write_result(path: Path, result: Result, model_hash: str, row: int = 0, *, fps: float | None = None) -> None:
+    """One result to a file by its suffix, with the request, its seed and the model's hash in its metadata.
+
+    Args:
+        fps: Of the clip that was worked on; None takes the variant's.
+    """
     own = {**result.settings, "seed": result.settings["seed"] + row, "batch": 1, "model_hash": model_hash}
     metadata = {"kandinsky5": json.dumps(own)}
     frames = result.frames[row]
     if path.suffix.lower() == ".png":
         write_image(path, frames[0], metadata)
     else:
-        write_video(path, frames, int(result.settings["fps"]), metadata)
+        write_video(path, frames, fps or int(result.settings["fps"]), metadata)
 
 
 def info_command(path: Path) -> dict[str, object]:

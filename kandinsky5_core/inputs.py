@@ -74,7 +74,7 @@ def encode_inputs(models: Models, request: Request, latent_shape: LatentShape) -
         image=image,
         partial=PartialNoise(clean=clean, strength=None if strength is None else strength.to(clean.device)),
         canvas=canvas if request.fit == "keep" else None,
-        paste=None if mask is None else _paste(request, canvas, extended, mask),
+        paste=None if mask is None else _paste(request, canvas, extended, mask, outpaint_overlap(models.variant)),
     )
 
 
@@ -94,6 +94,12 @@ def _mask(models: Models, request: Request) -> Tensor | None:
     return outpaint_mask(mask, size, request.outpaint, outpaint_overlap(models.variant))
 
 
+def strip_alpha(size: tuple[int, int], outpaint: tuple[int, int, int, int], overlap: int) -> Tensor:
+    """(1, H', W') of a picture painted around: 1 on new pixels, falling to 0 over the strip that is made again."""
+    half = max(1, overlap // 2)
+    return feather(outpaint_mask(None, size, outpaint, half), half)
+
+
 def outpaint_overlap(variant: Variant) -> int:
     """Pixels of the old picture that are made again beside a new edge; fewer for small models, whose pixels are
     larger parts of what they see."""
@@ -101,10 +107,12 @@ def outpaint_overlap(variant: Variant) -> int:
     return max(variant.vae.spatial_ratio, min(OUTPAINT_OVERLAP, side // 8))
 
 
-def _paste(request: Request, canvas: Canvas, extended: Tensor, mask: Tensor) -> Paste:
+def _paste(request: Request, canvas: Canvas, extended: Tensor, mask: Tensor, overlap: int) -> Paste:
     alpha = (mask > 0).float()
     if request.mask_feather:
         alpha = feather(alpha, request.mask_feather)
+    elif request.mask is None:
+        alpha = strip_alpha(tuple(request.given.shape[1:3]), request.outpaint, overlap)
     if request.fit == "keep":
         return Paste(base=extended, alpha=alpha)
     return Paste(base=canvas.to_work(extended), alpha=_to_work(canvas, alpha))

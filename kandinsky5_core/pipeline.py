@@ -37,9 +37,6 @@ from .vae.tiling import decode_tiled, plan_decode
 
 log = logging.getLogger(__name__)
 
-ATTENTIONS = ("auto", "dense", "nabla")
-
-
 @dataclass(frozen=True, kw_only=True)
 class Models:
     """The networks of one variant and where they run."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from .attention.nabla import resolve_attention
 from .canvas import Canvas, check_ratio, check_side, cover, keep, kept_size
 from .config import Variant
-from .masks import check_mask
+from .masks import check_mask, grow
 from .sampling.samplers import SAMPLERS
 from .sampling.schedule import flow_schedule
 from .shapes import VideoShape, nearest_resolution, size_from_image
@@ -139,7 +139,9 @@ def resolve(request: Request, variant: Variant) -> Request:
         keyframes=keyframe_positions(request.keyframes, num_frames, variant.vae.temporal_ratio),
     )  # fmt: skip
     if resolved.mask is not None:
-        resolved = replace(resolved, mask=_whole_mask(resolved))
+        resolved = replace(resolved, mask=_whole_mask(resolved, request.video))
+    if request.loop and any(frame >= num_frames - variant.vae.temporal_ratio for frame in resolved.keyframes):
+        raise ValueError("a loop ends on its first picture; leave keyframes in its last four frames out")
     flow_schedule(resolved.num_steps, resolved.shift, resolved.denoise)
     return resolved
 
@@ -302,7 +304,12 @@ def _size(request: Request, variant: Variant) -> tuple[int, int]:
     return size_from_image(*request.given_size, max_area=variant.max_area, multiple=variant.image_size_multiple)
 
 
-def _whole_mask(request: Request) -> Tensor:
+def _whole_mask(request: Request, video: Tensor | None) -> Tensor:
     height, width = request.given.shape[1:3]
-    mask = request.mask if request.mask.ndim == 2 else request.mask[: request.num_frames]
-    return check_mask(mask.to(torch.float32), (height, width), request.num_frames)
+    mask = request.mask
+    if mask.ndim == 3 and video is not None and len(mask) == len(video):
+        mask = mask[: request.num_frames]
+    mask = check_mask(mask.to(torch.float32), (height, width), request.num_frames)
+    if request.mask_grow < 0 and float(grow(mask, request.mask_grow).max()) == 0:
+        raise ValueError(f"mask_grow {request.mask_grow} leaves nothing of the mask to repaint; shrink it by less")
+    return mask

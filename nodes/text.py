@@ -10,7 +10,7 @@ from comfy_api.latest import io, ui
 from ..kandinsky5_core.config import VIDEO_NEGATIVE_PROMPT
 from ..kandinsky5_core.text.templates import EDIT_TEMPLATES
 from .bridge.clip import K5CLIP
-from .bridge.progress import TokenProgress
+from .bridge.progress import OUT_OF_MEMORY, TokenProgress
 
 log = logging.getLogger(__name__)
 
@@ -198,6 +198,8 @@ def written_out(
             max_new_tokens=max_tokens,
             on_token=TokenProgress(max_tokens),
         )
+    except OUT_OF_MEMORY:
+        raise  # ComfyUI frees memory and says so
     except (ValueError, RuntimeError) as error:
         log.warning("Kandinsky 5: the prompt stays as it is, the enhancer cannot run: %s", error)
         return prompt

@@ -37,12 +37,12 @@ def patch_attention(model: Any, mode: str, mass: float, window: tuple[int, int, 
         raise ValueError("model is no Kandinsky 5; load one with Load Kandinsky 5 Model or Load Diffusion Model")
     variant = variant_of(model)
     patched = model.clone()
-    if mode == "auto":
-        return patched
     config = NablaConfig(mass=mass, window=window) if mode == "nabla" else None
     options = patched.model_options.setdefault("transformer_options", {})
     if variant is not None:
-        options[ATTENTION_OPTION] = config
+        options.pop(ATTENTION_OPTION, None)
+        if mode != "auto":
+            options[ATTENTION_OPTION] = config
         return patched
     earlier = options.get(_OVERRIDE)
     earlier = earlier.earlier if isinstance(earlier, NativeNabla) else earlier

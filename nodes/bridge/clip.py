@@ -118,6 +118,16 @@ class K5CLIP(comfy.sd.CLIP):
         comfy.model_management.load_models_gpu([self.patcher], force_full_load=True)
         return self.patcher
 
+    def state_dict_for_saving(self) -> dict[str, Tensor]:
+        """Text encoders are not part of a checkpoint here.
+
+        Raises:
+            ValueError: always; says what to do.
+        """
+        raise ValueError(
+            "Kandinsky 5's text encoders are not saved into checkpoints; keep their files, and save the model"
+        )
+
     def get_sd(self) -> dict[str, Tensor]:
         """Weights, for checkpoints that hold text encoders too."""
         return self.cond_stage_model.state_dict()

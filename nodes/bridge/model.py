@@ -69,9 +69,15 @@ class K5Model(comfy.model_base.Kandinsky5):
                 found[name] = comfy.conds.CONDRegular(kwargs[key])
         noise: Tensor = kwargs["noise"]
         source = kwargs.get("k5_source")
+        if source is not None and not self.diffusion_model.config.visual_cond:
+            raise ValueError(f"{self.variant.name} does not edit pictures; load an Image Editing (i2i) checkpoint")
         if source is not None:
             found["k5_source"] = comfy.conds.CONDNoiseShape(self._like(source, noise))
         clean, given = _held(kwargs, noise)
+        if clean is not None and self.variant.vae.kind == "flux":
+            raise ValueError(
+                f"{self.variant.name} makes pictures and holds no frames; load an image to video checkpoint"
+            )
         if clean is not None:
             found["k5_clean"] = comfy.conds.CONDNoiseShape(self._like(clean, noise))
             found["k5_given"] = comfy.conds.CONDNoiseShape(given.expand(-1, -1, -1, *noise.shape[-2:]))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import comfy.model_management
 import comfy.utils
 
+OUT_OF_MEMORY = comfy.model_management.OOM_EXCEPTION
+
 
 class TokenProgress:
     """For the core's `on_token`: moves the bar and stops where the user cancelled."""

@@ -56,8 +56,18 @@ class SampleSettings:
 
 
 def model_shift(model: Any) -> float:
-    """The shift of a MODEL as it stands."""
-    return float(model.get_model_object("model_sampling").shift)
+    """The shift of a MODEL as it stands.
+
+    Raises:
+        ValueError: a patch gave it another kind of sampling.
+    """
+    sampling = model.get_model_object("model_sampling")
+    if not isinstance(sampling, comfy.model_sampling.ModelSamplingDiscreteFlow) or sampling.multiplier != 1000:
+        raise ValueError(
+            f"the model was given {type(sampling).__bases__[0].__name__}; use Kandinsky 5 Shift or ModelSamplingSD3, or "
+            "take the patch away"
+        )
+    return float(sampling.shift)
 
 
 def with_shift(model: Any, shift: float) -> Any:
@@ -96,8 +106,8 @@ def run_sampler(model: Any, positive: Any, negative: Any, latent: dict[str, Any]
     check_held(positive, negative, settings.guidance)
     if latent.get("noise_mask") is not None:
         model = with_differential_strength(model, settings.shift)
+    check_latents(model, latent["samples"])
     samples = comfy.sample.fix_empty_latent_channels(model, latent["samples"])
-    check_latents(model, samples)
     sigmas = None
     if settings.scheduler == "simple":
         sigmas = flow_schedule(settings.steps, settings.shift, settings.denoise)
@@ -134,7 +144,10 @@ def check_latents(model: Any, samples: Tensor) -> None:
             f"latent holds {samples.shape[2]} latent frames and {variant.name} makes pictures; use Kandinsky 5 Empty "
             "Latent with this model, or load a video model"
         )
-    if samples.shape[1] != variant.vae.latent_channels:
+    empty = int(samples.count_nonzero()) == 0
+    if not flux and samples.ndim == 4 and not empty:
+        raise ValueError(f"latent holds pictures and {variant.name} makes clips; encode with the HunyuanVideo VAE")
+    if samples.shape[1] != variant.vae.latent_channels and not empty:
         raise ValueError(f"latent has {samples.shape[1]} channels; {variant.name} takes {variant.vae.latent_channels}")
 
 

@@ -89,6 +89,15 @@ class K5VAE(comfy.sd.VAE):
         check_kind(self, samples_in)
         return super().decode(samples_in, vae_options or {})
 
+    def decode_tiled(self, samples: Tensor, **tiling: Any) -> Tensor:
+        """In tiles of the given sizes, as ComfyUI's VAE."""
+        check_kind(self, samples)
+        return super().decode_tiled(samples, **tiling)
+
+    def get_sd(self) -> dict[str, Tensor]:
+        """Weights under the names of their file, for VAESave."""
+        return self.first_stage_model.vae.state_dict()
+
     def encode_within(self, frames: Tensor, budget_bytes: int) -> Tensor:
         """(F, H, W, 3) to unscaled latents (1, 16, T, h, w) with the core's tiles; each fits into the budget."""
         pixels = (frames.movedim(-1, 0)[None, :3] * 2 - 1).to(self.vae_dtype)
@@ -106,9 +115,13 @@ class K5VAE(comfy.sd.VAE):
         )
         self._load(budget_bytes)
         pixels = decode_tiled(
-            self.first_stage_model.vae, latents.to(self.device, self.vae_dtype), plan, on_tile=_check_cancel
+            self.first_stage_model.vae,
+            latents.to(self.device, self.vae_dtype),
+            plan,
+            on_tile=_check_cancel,
+            output_device=self.output_device,
         )
-        return ((pixels.float() + 1) / 2).clamp(0, 1).movedim(1, -1).to(self.output_device)
+        return pixels.add_(1).div_(2).clamp_(0, 1).movedim(1, -1)
 
     def _load(self, budget_bytes: int) -> None:
         comfy.model_management.load_models_gpu([self.patcher], memory_required=budget_bytes, force_full_load=True)
