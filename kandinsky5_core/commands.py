@@ -54,7 +54,7 @@ def generate_command(args: argparse.Namespace) -> dict[str, object]:
     with step_bar() as on_step:
         result = generate(models, request, on_step)
     for row, path in enumerate(paths):
-        write_result(path, result, models.model_hash, row, fps=clip_fps(args))
+        write_result(path, result, models.model_hash, row)
     return {
         "out": str(args.out) if len(paths) == 1 else [str(path) for path in paths],
         "seed": request.seed,
@@ -67,17 +67,11 @@ def generate_command(args: argparse.Namespace) -> dict[str, object]:
 
 def check_even(path: Path, request: Request) -> None:
     """Refuse odd sides for video formats before any work: a kept clip comes back at its own size."""
-    if path.suffix.lower() not in (".mp4", ".webm") or request.fit != "keep" or request.video is None:
+    if path.suffix.lower() not in (".mp4", ".webm") or request.video is None:
         return
-    height, width = request.given_size
+    height, width = request.canvas().result_size
     if height % 2 or width % 2:
         raise ValueError(f"the result is {width}x{height} and {path.suffix} needs even sides; use .gif or --fit cover")
-
-
-def clip_fps(args: argparse.Namespace) -> float | None:
-    """Frames a second of the clip that is worked on; None where there is none."""
-    given = args.video or args.extend
-    return None if given is None else read_video(given)[1]
 
 
 def request_of(args: argparse.Namespace, task: str) -> Request:
@@ -88,12 +82,14 @@ def request_of(args: argparse.Namespace, task: str) -> Request:
     """
     if not args.vae_budget > 0:
         raise ValueError(f"--vae-budget must be above 0 GiB, got {args.vae_budget}")
+    video, video_fps = (None, None) if args.video is None else read_clip(args.video)
+    extend, extend_fps = (None, None) if args.extend is None else read_clip(args.extend)
     return Request(
         prompt=args.prompt,
         task=args.task or task,
         negative_prompt=args.negative,
         image=None if args.image is None else read_image(args.image),
-        video=None if args.video is None else read_clip(args.video),
+        video=video,
         mask=None if args.mask is None else read_mask(args.mask),
         mask_grow=args.mask_grow,
         mask_feather=args.mask_feather,
@@ -102,7 +98,8 @@ def request_of(args: argparse.Namespace, task: str) -> Request:
         fit=args.fit,
         keyframes=read_keyframes(args.keyframe),
         loop=args.loop,
-        extend=None if args.extend is None else read_clip(args.extend),
+        extend=extend,
+        fps=video_fps or extend_fps,
         overlap=args.overlap,
         chunks=args.chunks,
         edit_template=args.edit_template,
@@ -127,14 +124,16 @@ def output_paths(path: Path, count: int) -> list[Path]:
     return [path.with_name(f"{path.stem}-{number}{path.suffix}") for number in range(1, count + 1)]
 
 
-def read_clip(path: Path) -> Tensor:
-    """A video file as (F, H, W, 3) fp32 in [0, 1]."""
-    return read_video(path)[0].float() / 255
+def read_clip(path: Path) -> tuple[Tensor, float]:
+    """A video file as (F, H, W, 3) fp32 in [0, 1], and its frames a second."""
+    frames, fps = read_video(path)
+    return frames.float() / 255, fps
 
 
 def read_mask(path: Path) -> Tensor:
     """A mask from a picture (H, W) or a clip (F, H, W), by its brightness; fp32 in [0, 1]."""
-    pixels = read_clip(path) if path.suffix.lower() in (".mp4", ".webm", ".gif", ".mov", ".mkv") else read_image(path)
+    is_clip = path.suffix.lower() in (".mp4", ".webm", ".gif", ".mov", ".mkv")
+    pixels = read_clip(path)[0] if is_clip else read_image(path)
     mask = pixels.mean(dim=-1)
     # What lossy files make of black and white.
     mask[mask < SNAP] = 0
@@ -186,11 +185,8 @@ def step_bar() -> Iterator[OnStep]:
         bar.close()
 
 
-def write_result(path: Path, result: Result, model_hash: str, row: int = 0, *, fps: float | None = None) -> None:
+def write_result(path: Path, result: Result, model_hash: str, row: int = 0) -> None:
     """One result to a file by its suffix, with the request, its seed and the model's hash in its metadata.
-
-    Args:
-        fps: Of the clip that was worked on; None takes the variant's.
     """
     own = {**result.settings, "seed": result.settings["seed"] + row, "batch": 1, "model_hash": model_hash}
     metadata = {"kandinsky5": json.dumps(own)}
@@ -198,7 +194,7 @@ def write_result(path: Path, result: Result, model_hash: str, row: int = 0, *, f
     if path.suffix.lower() == ".png":
         write_image(path, frames[0], metadata)
     else:
-        write_video(path, frames, fps or int(result.settings["fps"]), metadata)
+        write_video(path, frames, float(result.settings["fps"]), metadata)
 
 
 def info_command(path: Path) -> dict[str, object]:

@@ -50,9 +50,9 @@ def demo_command(folder: Path) -> dict[str, object]:
     rows: list[tuple[str, list[Tensor]]] = []
     models: dict[str, Models] = {}
     for number, piece in enumerate(demo_pieces(), 1):
-        model = models.setdefault(piece.model, None) or load(piece.model)
-        models[piece.model] = model
-        result = make(model, piece.request, folder / f"{number:02d}-{piece.file_name}")
+        if piece.model not in models:
+            models[piece.model] = load(piece.model)
+        result = make(models[piece.model], piece.request, folder / f"{number:02d}-{piece.file_name}")
         seen = "; ".join(said(recognise(frames)) for frames in result.frames)
         values[f"{number:02d} {piece.name}"] = f"{piece.request.prompt} -> {seen}"
         frames = result.frames[0] if len(result.frames) == 1 else result.frames[:, 0]

@@ -6,6 +6,7 @@ may not change, is a `PartialNoise`; what goes back into the result pixel by pix
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from .canvas import Canvas, cover, extend_edges
 from .conditioning import ImageConditioning
 from .config import Variant
-from .masks import composite, feather, grow, latent_mask, outpaint_mask
+from .masks import composite, latent_mask, repainted
 from .request import NO_OUTPAINT, OUTPAINT_OVERLAP, Request
 from .sampling.partial import PartialNoise
 from .shapes import LatentShape
@@ -68,14 +69,18 @@ def encode_inputs(models: Models, request: Request, latent_shape: LatentShape) -
     image = _source(clean) if request.task == "i2i" else None
     if not request.is_partial:
         return Inputs(image=image, canvas=canvas if request.fit == "keep" else None)
-    mask = _mask(models, request)
-    strength = None if mask is None else latent_mask(_to_work(canvas, mask), models.variant.vae, request.num_frames)
-    return Inputs(
-        image=image,
-        partial=PartialNoise(clean=clean, strength=None if strength is None else strength.to(clean.device)),
-        canvas=canvas if request.fit == "keep" else None,
-        paste=None if mask is None else _paste(request, canvas, extended, mask, outpaint_overlap(models.variant)),
-    )
+    kept = canvas if request.fit == "keep" else None
+    if request.mask is None and request.outpaint == NO_OUTPAINT:
+        return Inputs(image=image, partial=PartialNoise(clean=clean), canvas=kept)
+    mask, alpha = repainted(
+        request.mask, tuple(request.given.shape[1:3]), outpaint=request.outpaint,
+        overlap=outpaint_overlap(models.variant), grow_by=request.mask_grow, feather_by=request.mask_feather,
+    )  # fmt: skip
+    strength = latent_mask(_to_work(canvas, mask), models.variant.vae, request.num_frames).to(clean.device)
+    paste = Paste(base=extended, alpha=alpha)
+    if kept is None:
+        paste = Paste(base=canvas.to_work(extended), alpha=_to_work(canvas, alpha))
+    return Inputs(image=image, partial=PartialNoise(clean=clean, strength=strength), canvas=kept, paste=paste)
 
 
 def _source(clean: Tensor) -> ImageConditioning:
@@ -83,39 +88,11 @@ def _source(clean: Tensor) -> ImageConditioning:
     return ImageConditioning(source=clean, mask=torch.ones(len(clean), 1, 1, 1, 1, device=clean.device))
 
 
-def _mask(models: Models, request: Request) -> Tensor | None:
-    """The grown mask on the extended picture, (F or 1, H, W)."""
-    mask = request.mask
-    if mask is not None and request.mask_grow:
-        mask = grow(mask, request.mask_grow)
-    if request.outpaint == NO_OUTPAINT:
-        return mask
-    size = tuple(request.given.shape[1:3])
-    return outpaint_mask(mask, size, request.outpaint, outpaint_overlap(models.variant))
-
-
-def strip_alpha(size: tuple[int, int], outpaint: tuple[int, int, int, int], overlap: int) -> Tensor:
-    """(1, H', W') of a picture painted around: 1 on new pixels, falling to 0 over the strip that is made again."""
-    half = max(1, overlap // 2)
-    return feather(outpaint_mask(None, size, outpaint, half), half)
-
-
 def outpaint_overlap(variant: Variant) -> int:
     """Pixels of the old picture that are made again beside a new edge; fewer for small models, whose pixels are
     larger parts of what they see."""
     side = min(min(size) for size in variant.resolutions)
     return max(variant.vae.spatial_ratio, min(OUTPAINT_OVERLAP, side // 8))
-
-
-def _paste(request: Request, canvas: Canvas, extended: Tensor, mask: Tensor, overlap: int) -> Paste:
-    alpha = (mask > 0).float()
-    if request.mask_feather:
-        alpha = feather(alpha, request.mask_feather)
-    elif request.mask is None:
-        alpha = strip_alpha(tuple(request.given.shape[1:3]), request.outpaint, overlap)
-    if request.fit == "keep":
-        return Paste(base=extended, alpha=alpha)
-    return Paste(base=canvas.to_work(extended), alpha=_to_work(canvas, alpha))
 
 
 def _to_work(canvas: Canvas, mask: Tensor) -> Tensor:
@@ -130,18 +107,40 @@ def frame_conditioning(models: Models, request: Request, latent_shape: LatentSha
     encoded there as four frames that stand still.
     """
     group = models.variant.vae.temporal_ratio
-    given: dict[int, Tensor] = {}
+
+
+    def encode(frames: Tensor) -> Tensor:
+        return encode_frames(models, _fitted(request, frames), request.vae_budget_bytes)
+
     if request.extend is not None:
-        frames = _fitted(request, request.extend[-request.overlap :])
-        latents = encode_frames(models, frames, request.vae_budget_bytes)
-        given = {index: latents[:, :, index] for index in range(latents.shape[2])}
+        latents = encode(request.extend[-request.overlap :])
+        return held_latents(dict(enumerate(latents.unbind(2))), latent_shape)
     pictures = dict(request.keyframes) if request.image is None else {0: request.image, **request.keyframes}
+    return held_latents(encode_keyframes(pictures, group, encode), latent_shape)
+
+
+def encode_keyframes(
+    pictures: Mapping[int, Tensor], group: int, encode: Callable[[Tensor], Tensor]
+) -> dict[int, Tensor]:
+    """Pictures (H, W, 3) by frame as latents (1, C, h, w) by latent frame.
+
+    Args:
+        group: Frames that share a latent frame.
+        encode: Frames (F, H, W, 3) to latents (1, C, T, h, w).
+    """
+    latents = {}
     for frame, picture in pictures.items():
         index = (frame + group - 1) // group
-        still = _fitted(request, picture[None]).expand(1 if index == 0 else group + 1, -1, -1, -1)
-        given[index] = encode_frames(models, still, request.vae_budget_bytes)[:, :, -1]
-    clean = torch.zeros(latent_shape, device=models.device)
-    mask = torch.zeros(latent_shape.batch, 1, latent_shape.frames, 1, 1, device=models.device)
+        still = picture[None].expand(1 if index == 0 else group + 1, -1, -1, -1)
+        latents[index] = encode(still)[:, :, -1]
+    return latents
+
+
+def held_latents(given: Mapping[int, Tensor], shape: LatentShape) -> ImageConditioning:
+    """Latents by latent frame as what image to video holds: clean (B, C, T, h, w), and 1 in the mask where given."""
+    device = next(iter(given.values())).device
+    clean = torch.zeros(shape, device=device)
+    mask = torch.zeros(shape.batch, 1, shape.frames, 1, 1, device=device)
     for index, latent in given.items():
         clean[:, :, index] = latent
         mask[:, :, index] = 1

@@ -13,6 +13,7 @@ from .config import VAEConfig
 
 log = logging.getLogger(__name__)
 
+
 def check_mask(mask: Tensor, size: tuple[int, int], num_frames: int) -> Tensor:
     """The mask as (F or 1, H, W) fp32.
 
@@ -120,6 +121,31 @@ def outpaint_mask(
         left + (overlap if left else 0) : max(0, left + width - (overlap if right else 0)),
     ] = 1
     return torch.where(inner > 0, new, torch.ones_like(new))
+
+
+def repainted(
+    mask: Tensor | None, size: tuple[int, int], *, outpaint: tuple[int, int, int, int], overlap: int, grow_by: int = 0,
+    feather_by: int = 0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """What may change of a picture with new pixels around it, and how much of the result goes into it.
+
+    Args:
+        mask: (F or 1, H, W) of the old picture; None where only the new pixels are painted.
+        overlap: Pixels of the old picture that are made again beside a new edge.
+
+    Returns:
+        The mask, and the alpha that the result is pasted with, both (F or 1, H', W'). Without feathering the alpha is
+        0 or 1, but for a picture that is only painted around: there it falls to 0 over the overlap, to hide the seam.
+    """
+    grown = grow(mask, grow_by) if mask is not None and grow_by else mask
+    changes = outpaint_mask(grown, size, outpaint, overlap) if any(outpaint) or grown is None else grown
+    alpha = (changes > 0).float()
+    if feather_by:
+        alpha = feather(alpha, feather_by)
+    elif mask is None:
+        half = max(1, overlap // 2)
+        alpha = feather(outpaint_mask(None, size, outpaint, half), half)
+    return changes, alpha
 
 
 def latent_mask(mask: Tensor, vae: VAEConfig, num_frames: int) -> Tensor:

@@ -37,6 +37,7 @@ from .vae.tiling import decode_tiled, plan_decode
 
 log = logging.getLogger(__name__)
 
+
 @dataclass(frozen=True, kw_only=True)
 class Models:
     """The networks of one variant and where they run."""

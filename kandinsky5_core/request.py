@@ -67,6 +67,8 @@ class Request:
     """How often it goes on, each time by `num_frames` less the overlap."""
     edit_template: str = "snapshot"
     """i2i: a name of `text.templates.EDIT_TEMPLATES`."""
+    fps: float | None = None
+    """Frames a second of the given clip and of the result; None: the variant's."""
     width: int | None = None
     height: int | None = None
     num_frames: int | None = None
@@ -183,7 +185,8 @@ def settings(request: Request, variant: Variant) -> dict[str, object]:
             values[entry.name] = list(value) if isinstance(value, tuple) else value
     nabla = resolve_attention(request.attention, variant.nabla)
     used = {"attention": "dense" if nabla is None else f"nabla mass={nabla.mass} window={list(nabla.window)}"}
-    return {"variant": variant.name, **values, **used, "rope_scale": list(variant.rope_scale), "fps": variant.fps}
+    used |= {"rope_scale": list(variant.rope_scale), "fps": request.fps or variant.fps}
+    return {"variant": variant.name, **values, **used}
 
 
 _ALWAYS = (

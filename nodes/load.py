@@ -8,7 +8,7 @@ from typing import Any
 
 from comfy_api.latest import io, ui
 
-from ..kandinsky5_core.config import VARIANTS, Variant
+from ..kandinsky5_core.config import Variant
 from .bridge.clip import K5CLIP, load_clip
 from .bridge.folders import AUTO, built_in, choices, doubt, find_auto, path_of, pick_variant, variant_choices
 from .bridge.info import describe_file, describe_model
@@ -263,6 +263,3 @@ class K5ModelInfo(io.ComfyNode):
         path: Path = path_of("diffusion_models", model_name) if files is None else files.dit
         info = describe_file(path)
         return io.NodeOutput(info, ui=ui.PreviewText(info))
-
-
-__all__ = ["VARIANTS", "K5LoadAll", "K5LoadModel", "K5LoadTextEncoders", "K5LoadVAE", "K5ModelInfo"]

@@ -5,7 +5,6 @@ All of it goes tensor by tensor from file to file.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -257,8 +256,3 @@ def _shapes(records: Mapping[str, TensorRecord]) -> dict[str, tuple[int, ...]]:
     }
 
 
-def config_json(lora: Path) -> str:
-    """The official `config_lora.json` of a file, for the official loader."""
-    info = lora_info(lora)
-    alpha = info["alpha"][0] if info["alpha"] else info["rank"]
-    return json.dumps({"r": info["rank"], "lora_alpha": alpha, "target_modules": info["layers"]}, indent=1)

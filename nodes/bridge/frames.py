@@ -13,7 +13,9 @@ from torch import Tensor
 
 from ...kandinsky5_core.canvas import check_side, cover
 from ...kandinsky5_core.clips import join as join_clips
+from ...kandinsky5_core.conditioning import ImageConditioning
 from ...kandinsky5_core.config import Variant
+from ...kandinsky5_core.inputs import encode_keyframes, held_latents
 from ...kandinsky5_core.request import keyframe_positions
 from ...kandinsky5_core.shapes import LatentShape, VideoShape, size_from_image
 from .latent_format import matches
@@ -93,10 +95,8 @@ def keyframe_list(
 class GivenFrames:
     """Clean latents that the model holds."""
 
-    clean: Tensor
-    """(1, 16, T, h, w) unscaled, zeros where nothing is given."""
-    mask: Tensor
-    """(1, 1, T, 1, 1)."""
+    held: ImageConditioning
+    """Its latents are unscaled, as LATENT holds them."""
 
     @classmethod
     def of_pictures(
@@ -112,12 +112,9 @@ class GivenFrames:
         frames = frames or variant.num_frames
         shape = latent_shape(variant, height, width, frames, 1)
         group = variant.vae.temporal_ratio
-        latents = {}
-        for frame, picture in keyframe_positions(given, frames, group).items():
-            index = (frame + group - 1) // group
-            still = fitted(picture[None], (height, width)).expand(1 if index == 0 else group + 1, -1, -1, -1)
-            latents[index] = vae.encode(still)[:, :, -1]
-        return cls._placed(shape, latents)
+        placed = keyframe_positions(given, frames, group)
+        latents = encode_keyframes(placed, group, lambda still: vae.encode(fitted(still, (height, width))).float())
+        return cls(held=held_latents(latents, shape))
 
     @classmethod
     def of_clip(cls, variant: Variant, vae: K5VAE, clip: Tensor, overlap: int, frames: int) -> GivenFrames:
@@ -134,24 +131,16 @@ class GivenFrames:
         )
         shape = latent_shape(variant, height, width, frames, 1)
         encoded = vae.encode(fitted(clip[-overlap:, ..., :3], (height, width)))
-        return cls._placed(shape, {index: encoded[:, :, index] for index in range(encoded.shape[2])})
-
-    @classmethod
-    def _placed(cls, shape: LatentShape, latents: Mapping[int, Tensor]) -> GivenFrames:
-        clean, mask = torch.zeros(shape), torch.zeros(1, 1, shape.frames, 1, 1)
-        for index, latent in latents.items():
-            clean[:, :, index] = latent.to(clean)
-            mask[:, :, index] = 1
-        return cls(clean=clean, mask=mask)
+        return cls(held=held_latents(dict(enumerate(encoded.float().unbind(2))), shape))
 
     def empty(self, batch: int) -> dict[str, Any]:
         """A LATENT of this size."""
-        return {"samples": torch.zeros((batch, *self.clean.shape[1:]))}
+        return {"samples": torch.zeros((batch, *self.held.clean.shape[1:]))}
 
 
-def with_given(held: GivenFrames, *conditionings: Any) -> list[Any]:
+def with_given(given: GivenFrames, *conditionings: Any) -> list[Any]:
     """The conditionings, each with the held frames."""
-    values = {"k5_clean": held.clean, "k5_given": held.mask}
+    values = {"k5_clean": given.held.clean, "k5_given": given.held.mask}
     return [node_helpers.conditioning_set_values(conditioning, values) for conditioning in conditionings]
 
 

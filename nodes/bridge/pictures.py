@@ -11,10 +11,8 @@ from torch import Tensor
 
 from ...kandinsky5_core.canvas import Canvas, check_ratio, check_side, cover, extend_edges, keep, kept_size
 from ...kandinsky5_core.config import Variant
-from ...kandinsky5_core.inputs import outpaint_overlap, strip_alpha
-from ...kandinsky5_core.masks import check_mask, composite, latent_mask, outpaint_mask
-from ...kandinsky5_core.masks import feather as feathered
-from ...kandinsky5_core.masks import grow as grown
+from ...kandinsky5_core.inputs import outpaint_overlap
+from ...kandinsky5_core.masks import check_mask, composite, latent_mask, repainted
 from ...kandinsky5_core.shapes import nearest_resolution
 from .frames import check_vae
 
@@ -96,22 +94,19 @@ def inpaint_inputs(
     group = variant.vae.temporal_ratio
     frames = frames[: (len(frames) - 1) // group * group + 1] if video else frames[:1]
     size = tuple(frames.shape[1:3])
-    only_outpaint = mask is None
     if mask is not None:
         mask = check_mask(mask[: len(frames)] if mask.ndim == 3 else mask, size, len(frames))
-        mask = grown(mask, grow) if grow else mask
-    if any(outpaint):
-        mask = outpaint_mask(mask, size, outpaint, outpaint_overlap(variant))
+    mask, alpha = repainted(
+        mask, size, outpaint=outpaint, overlap=outpaint_overlap(variant), grow_by=grow, feather_by=feather
+    )
     base = extend_edges(frames, outpaint)
     canvas = kept_canvas(variant, tuple(base.shape[1:3]))
     latents = vae.encode(canvas.to_work(base))
     noise_mask = latent_mask(canvas.to_work(mask[..., None])[..., 0].clamp(0, 1), variant.vae, len(frames))
-    alpha = (mask > 0).float()
-    strip = strip_alpha(size, outpaint, outpaint_overlap(variant)) if only_outpaint else None
     return InpaintInputs(
         latent={"samples": latents, "noise_mask": noise_mask if latents.ndim == 5 else noise_mask[:, 0]},
         base=base,
-        alpha=feathered(alpha, feather) if feather else strip if strip is not None else alpha,
+        alpha=alpha,
     )
 
 

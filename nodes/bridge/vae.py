@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ...kandinsky5_core.config import VAEConfig
-from ...kandinsky5_core.vae.tiling import activation_bytes, decode_tiled, encode_tiled, plan_decode, plan_encode
+from ...kandinsky5_core.vae.tiling import activation_bytes, decode_tiled, plan_decode
 from ...kandinsky5_core.weights.load import load_vae as load_core_vae
 
 
@@ -97,16 +97,6 @@ class K5VAE(comfy.sd.VAE):
     def get_sd(self) -> dict[str, Tensor]:
         """Weights under the names of their file, for VAESave."""
         return self.first_stage_model.vae.state_dict()
-
-    def encode_within(self, frames: Tensor, budget_bytes: int) -> Tensor:
-        """(F, H, W, 3) to unscaled latents (1, 16, T, h, w) with the core's tiles; each fits into the budget."""
-        pixels = (frames.movedim(-1, 0)[None, :3] * 2 - 1).to(self.vae_dtype)
-        plan = plan_encode(
-            tuple(pixels.shape), self.config, budget_bytes=budget_bytes, bytes_per_element=self.vae_dtype.itemsize
-        )
-        self._load(budget_bytes)
-        latents = encode_tiled(self.first_stage_model.vae, pixels.to(self.device), plan, on_tile=_check_cancel)
-        return latents.float().to(self.output_device)
 
     def decode_within(self, latents: Tensor, budget_bytes: int) -> Tensor:
         """Unscaled (B, 16, T, h, w) to frames (B, F, H, W, 3) in [0, 1] with the core's tiles."""

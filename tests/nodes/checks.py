@@ -69,7 +69,7 @@ def check_image_to_video(name, folder):
         ours = pipeline.sample_latents(models, resolved, shape, *pipeline.encode_prompts(models, resolved), inputs)
     scale = files.variant.vae.scaling_factor
     held = frames.GivenFrames.of_pictures(files.variant, vae, {0: picture}, 0, 0, 0)
-    assert relative_error(held.clean * scale, inputs.image.clean) < 1e-5
+    assert relative_error(held.held.clean * scale, inputs.image.clean) < 1e-5
     positive, negative = frames.with_given(held, encode(clip, PROMPT), encode(clip, ""))
     settings = sampling.SampleSettings.of(
         files.variant,
@@ -85,7 +85,7 @@ def check_image_to_video(name, folder):
     made = sampling.run_sampler(model, positive, negative, held.empty(1), settings)
     assert relative_error(made["samples"] * scale, ours) < 1e-4
     (stock,) = nodes.KSampler().sample(model, 5, 20, 3.0, "euler", "simple", positive, negative, held.empty(1))
-    assert relative_error(stock["samples"][:, :, :1], held.clean[:, :, :1]) < 1e-4
+    assert relative_error(stock["samples"][:, :, :1], held.held.clean[:, :, :1]) < 1e-4
 
 
 def check_grey_masks(name, folder):
