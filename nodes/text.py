@@ -171,24 +171,24 @@ class K5EnhancePrompt(io.ComfyNode):
         max_tokens: int = 512,
         image: Any = None,
     ) -> io.NodeOutput:
-        text = edited.strip()
+        text, note = edited.strip(), ""
         if not text:
-            text = (
-                written_out(check_clip(clip), prompt, task, seed, temperature, max_tokens, image) if enabled else prompt
-            )
-        return io.NodeOutput(text, ui=ui.PreviewText(text))
+            text = prompt
+            if enabled:
+                text, note = written_out(check_clip(clip), prompt, task, seed, temperature, max_tokens, image)
+        return io.NodeOutput(text, ui=ui.PreviewText(text + note))
 
 
 def written_out(
     clip: K5CLIP, prompt: str, task: str, seed: int, temperature: float, max_tokens: int, image: Any
-) -> str:
-    """The enhanced prompt; the prompt itself, with a warning, where the enhancer cannot run: it never blocks a run."""
+) -> tuple[str, str]:
+    """The enhanced prompt and ''; where the enhancer cannot run the prompt itself and why: it never blocks a run."""
     from ..kandinsky5_core.text.enhancer import enhance
 
     picture = image[0, ..., :3] if image is not None and task in ("i2v", "i2i") else None
     clip.load_model()
     try:
-        return enhance(
+        text = enhance(
             clip.encoder,
             prompt,
             task=task,
@@ -202,4 +202,5 @@ def written_out(
         raise  # ComfyUI frees memory and says so
     except (ValueError, RuntimeError) as error:
         log.warning("Kandinsky 5: the prompt stays as it is, the enhancer cannot run: %s", error)
-        return prompt
+        return prompt, f"\n\n(unchanged, the enhancer cannot run: {error})"
+    return text, ""

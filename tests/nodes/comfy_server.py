@@ -240,9 +240,7 @@ class ComfyServer:
         """Resident bytes of the process."""
         return psutil.Process(self.process.pid).memory_info().rss
 
-    def run(
-        self, workflow: dict[str, Any], *, interrupt_at: int | None = None, interrupt_in: str | None = None
-    ) -> Run:
+    def run(self, workflow: dict[str, Any], *, interrupt_at: int | None = None, interrupt_in: str | None = None) -> Run:
         """Queue an API workflow and wait for its end.
 
         Args:

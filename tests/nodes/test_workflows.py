@@ -150,6 +150,15 @@ def test_stock_nodes_work_with_ours(comfy, info, mix):
     assert run.outputs["8"]["images"]
 
 
+def test_an_enhancer_that_cannot_run_says_why_and_passes_the_prompt_on(comfy, info):
+    flow = {
+        "1": BASE["1"],
+        "2": {"class_type": "K5EnhancePrompt", "inputs": {"clip": ["1", 1], "prompt": PROMPT, "task": "i2v"}},
+    }
+    (shown,) = comfy.run(filled(flow, info)).outputs["2"]["text"]
+    assert shown.startswith(PROMPT) and "unchanged, the enhancer cannot run: enhancing a prompt for i2v needs" in shown
+
+
 def test_saved_models_load_again(comfy, info):
     comfy.run(
         filled({**BASE, "6": ksampler(["1", 0]),
