@@ -12,17 +12,25 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
 
-def pytest_collection_modifyitems(items):
+def pytest_itemcollected(item):
     """One worker for the tests that share a server."""
-    for item in items:
-        if "comfyui" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.xdist_group("comfyui"))
+    # Not in pytest_collection_modifyitems: xdist has read the groups before it comes here.
+    if "comfyui" in getattr(item, "fixturenames", ()):
+        item.add_marker(pytest.mark.xdist_group("comfyui"))
+
+
+def pytest_collection_modifyitems(items):
+    """The group first, for it takes longest."""
+    items.sort(key=lambda item: item.get_closest_marker("xdist_group") is None)
 
 
 @pytest.fixture(scope="session")
-def comfyui():
+def comfyui(request):
     """The folder of a ComfyUI; skips without one, or fails where `K5_REQUIRE_COMFYUI` is set."""
     from tests.nodes.comfy_server import comfyui_path
+
+    if "PYTEST_XDIST_WORKER" in os.environ and request.config.getvalue("loadgroup"):
+        assert all("@comfyui" in item.nodeid for item in request.session.items if "comfyui" in item.fixturenames)
 
     path = comfyui_path()
     if path is None and os.environ.get("K5_REQUIRE_COMFYUI"):

@@ -161,7 +161,7 @@ class Browser:
         """What the run button would send."""
         return self.page.evaluate("async () => (await window.app.graphToPrompt()).output")
 
-    def run(self, timeout_ms: int = 240_000) -> dict[str, Any]:
+    def run(self, timeout_ms: int = 1_200_000) -> dict[str, Any]:
         """Press the run button and wait for the end; the history entry of the prompt."""
         with self.page.expect_response(lambda answer: answer.url.endswith("/prompt")) as asked:
             self.page.locator('[data-testid="queue-button"]').first.click()

@@ -26,7 +26,8 @@ from websockets.sync.client import connect
 
 PACK = Path(__file__).parents[2]
 STARTUP_SECONDS = 180
-RUN_SECONDS = 300
+SILENT_SECONDS = 300
+"""A prompt that tells nothing for so long has hung; a slow machine alone is no failure."""
 PACKED = (
     "__init__.py",
     "kandinsky5_core",
@@ -161,7 +162,8 @@ class ComfyServer:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                env={**kept, "HF_HUB_OFFLINE": "1"},
+                # Other tests run beside it: threads that wait must not spin.
+                env={**kept, "HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE"},
             )
 
     def _install(self) -> None:
@@ -260,9 +262,8 @@ class ComfyServer:
             return self._follow(socket_, Run(prompt_id=answer["prompt_id"]), interrupt_at, interrupt_in)
 
     def _follow(self, socket_: Any, run: Run, interrupt_at: int | None, interrupt_in: str | None) -> Run:
-        end = time.monotonic() + RUN_SECONDS
-        while time.monotonic() < end:
-            message = self._next(socket_, end - time.monotonic())
+        while True:
+            message = self._next(socket_)
             if isinstance(message, bytes):
                 run.previews += 1
                 continue
@@ -287,13 +288,12 @@ class ComfyServer:
             elif kind == "execution_success":
                 run.outputs = {**self._history(run.prompt_id)["outputs"], **run.outputs}
                 return run
-        raise TimeoutError(f"the prompt did not end in {RUN_SECONDS} s:\n{self.log()[-3000:]}")
 
-    def _next(self, socket_: Any, seconds: float) -> str | bytes:
+    def _next(self, socket_: Any) -> str | bytes:
         try:
-            return socket_.recv(timeout=seconds)
+            return socket_.recv(timeout=SILENT_SECONDS)
         except TimeoutError:
-            raise TimeoutError(f"no message of the prompt in {seconds:.0f} s:\n{self.log()[-3000:]}") from None
+            raise TimeoutError(f"no message of the prompt in {SILENT_SECONDS} s:\n{self.log()[-3000:]}") from None
         except ConnectionClosed as error:
             raise RuntimeError(f"ComfyUI hung up ({self.process.poll()}):\n{self.log()[-3000:]}") from error
 
