@@ -9,8 +9,11 @@ from pathlib import Path
 import torch
 
 from .config import Variant, variant
+from .dit.model import DiffusionTransformer
 from .pipeline import Models
-from .text.encoder import load_text_encoder
+from .text.encoder import TextEncoder, load_text_encoder
+from .vae.flux import FluxVAE
+from .vae.hunyuan.model import HunyuanVAE
 from .weights.detect import inspect_file
 from .weights.hashing import model_hash
 from .weights.load import load_dit, load_vae
@@ -111,29 +114,38 @@ def load_files(
     """The models of files that `find_files` found; `lm_head` also loads what the prompt enhancer needs."""
     device = check_device(str(device))
     weights_dtype = resolve_dtype(dtype, device)
-    dit, _ = load_dit(files.dit, dtype=weights_dtype)
+    return Models(
+        variant=files.variant, dit=load_dit_of(files, weights_dtype), vae=load_vae_of(files, weights_dtype),
+        text_encoder=load_text_of(files, weights_dtype, lm_head=lm_head), device=device, dtype=weights_dtype,
+        model_hash=model_hash(files.dit, want="dit"), variant_named=files.variant_named,
+    )  # fmt: skip
+
+
+def load_dit_of(files: ModelFiles, dtype: torch.dtype) -> DiffusionTransformer:
+    """The DiT alone, on the CPU."""
+    dit, _ = load_dit(files.dit, dtype=dtype)
     if dit.config != files.variant.dit:
         raise ValueError(f"--model {files.dit} does not have the sizes of variant {files.variant.name}")
-    vae, vae_info = load_vae(files.vae, dtype=weights_dtype)
+    return dit.eval()
+
+
+def load_vae_of(files: ModelFiles, dtype: torch.dtype) -> HunyuanVAE | FluxVAE:
+    """The VAE alone, on the CPU."""
+    vae, vae_info = load_vae(files.vae, dtype=dtype)
     if vae_info.config.kind != files.variant.vae.kind:
         raise ValueError(
             f"--vae {files.vae} is a {vae_info.config.kind} VAE; {files.variant.name} needs {files.variant.vae.kind}"
         )
+    return vae.eval()
+
+
+def load_text_of(files: ModelFiles, dtype: torch.dtype, *, lm_head: bool = False) -> TextEncoder:
+    """The text encoders alone, on the CPU; `lm_head` also loads what the prompt enhancer needs."""
     folder = files.tokenizers
     named = {"comfyui": folder} if folder and (folder / "comfy").is_dir() else _tokenizer_folders(folder)
-    encoder = load_text_encoder(
-        files.text_encoder,
-        files.clip,
-        **named,
-        lm_head=lm_head,
-        local_files_only=_is_embedded(files),
-        dtype=weights_dtype,
+    return load_text_encoder(
+        files.text_encoder, files.clip, **named, lm_head=lm_head, local_files_only=_is_embedded(files), dtype=dtype
     )
-    return Models(
-        variant=files.variant, dit=dit.eval(), text_encoder=encoder, vae=vae.eval(), device=device,
-        dtype=weights_dtype, model_hash=model_hash(files.dit, want="dit"),
-        variant_named=files.variant_named,
-    )  # fmt: skip
 
 
 def check_device(name: str) -> torch.device:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -60,8 +62,11 @@ def build_optimizers(model: nn.Module, config: FitConfig) -> Optimizers:
     learning rate serves both parts.
     """
     adamw = {"lr": config.learning_rate, "betas": config.betas, "weight_decay": config.weight_decay}
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if config.optimizer == "adamw":
-        return Optimizers([torch.optim.AdamW(model.parameters(), **adamw)])
+        return Optimizers([torch.optim.AdamW(parameters, **adamw)])
+    if config.optimizer == "adamw8bit":
+        return Optimizers([_eight_bit()(parameters, **adamw)])
     matrices, rest = [], []
     for name, parameter in model.named_parameters():
         inside = "blocks" in name and "modulation" not in name and parameter.dim() == 2
@@ -72,18 +77,36 @@ def build_optimizers(model: nn.Module, config: FitConfig) -> Optimizers:
     return Optimizers([muon, torch.optim.AdamW(rest, **adamw)])
 
 
+def _eight_bit() -> type[torch.optim.Optimizer]:
+    """AdamW with its moments in eight bits.
+
+    Raises:
+        ValueError: bitsandbytes is not installed.
+    """
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        message = "optimizer 'adamw8bit' needs bitsandbytes (pip install bitsandbytes); or use 'adamw'"
+        raise ValueError(message) from error
+    return AdamW8bit
+
+
 class MovingAverage:
-    """Exponential moving average of a module's parameters, in fp32."""
+    """Exponential moving average of a module's parameters, in fp32; with decay 0 the parameters themselves."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
         self.num_updates = 0
-        self.weights = {name: p.detach().float().clone() for name, p in model.named_parameters()}
+        self.weights = {name: p.detach() for name, p in model.named_parameters()}
+        if decay:
+            self.weights = {name: tensor.float().clone() for name, tensor in self.weights.items()}
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         """Take in the weights after one optimizer step."""
         self.num_updates += 1
+        if not self.decay:
+            return
         decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
         for name, parameter in model.named_parameters():
             self.weights[name].lerp_(parameter.detach().float(), 1 - decay)
@@ -91,3 +114,32 @@ class MovingAverage:
     def state_dict(self) -> dict[str, Tensor]:
         """The averaged weights, by parameter name."""
         return self.weights
+
+    def saved(self) -> dict[str, Tensor]:
+        """What a checkpoint needs beside the parameters."""
+        return self.weights if self.decay else {}
+
+    def restore(self, weights: dict[str, Tensor], num_updates: int) -> None:
+        """Go on from what `saved` gave."""
+        self.num_updates = num_updates
+        for name, tensor in weights.items():
+            self.weights[name].copy_(tensor)
+
+    @contextmanager
+    def applied(self, model: nn.Module) -> Iterator[None]:
+        """The averaged weights in the model for a while; its own come back bit by bit."""
+        if not self.decay:
+            yield
+            return
+        own = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+        _copy_into(model, self.weights)
+        try:
+            yield
+        finally:
+            _copy_into(model, own)
+
+
+@torch.no_grad()
+def _copy_into(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    for name, parameter in model.named_parameters():
+        parameter.copy_(weights[name])

@@ -9,8 +9,9 @@ import torch
 from kandinsky5_core.conditioning import TextConditioning
 from kandinsky5_core.config import DiTConfig
 from kandinsky5_core.dit.model import DiffusionTransformer, initialise
+from train.checkpoint import list_checkpoints
 from train.config import FitConfig
-from train.loop import Objective, fit
+from train.loop import Objective, Stopped, fit
 from train.objectives.flow_matching import Batch, FlowMatching, hold_first, sample_sigmas
 from train.optim import learning_rate
 
@@ -60,7 +61,7 @@ def test_resume_is_bitwise_equal_to_never_stopping(tmp_path: Path, optimizer: st
     for stop_at in (3, 7):
         folder = tmp_path / f"stopped-{stop_at}"
 
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(Stopped, match=f"after step {stop_at}, saved"):
             fit(make(), stopping_after(stop_at, folder), config, folder)
         (folder / "STOP").unlink()
         resumed = make()
@@ -86,7 +87,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(tmp_path: Path
 
     with pytest.raises(RuntimeError, match="not finite at step 5"):
         fit(make(), broken, FitConfig(num_steps=9, learning_rate=1e-3, checkpoint_every=2), tmp_path)
-    assert json.loads((tmp_path / "state.json").read_text())["step"] == 4
+    assert [path.stem for path in list_checkpoints(tmp_path)] == ["step-00000002", "step-00000004"]
 
 
 def test_the_given_frame_is_clean_in_the_input_and_out_of_the_loss() -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kandinsky5_core.conditioning import ImageConditioning, TextConditioning
 from kandinsky5_core.config import NablaConfig
@@ -62,31 +62,44 @@ class FlowMatching:
     """
 
     batches: Callable[[int, torch.Generator], Batch]
-    """Batch of a step, a function of (step, generator) alone."""
+    """Batch number `index`, a function of (index, generator) alone."""
     rope_scale: tuple[float, float, float]
     distribution: str = "uniform"
     shift: float = 3.0
     nabla: NablaConfig | None = None
 
-    def __call__(self, model: DiffusionTransformer, step: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """{'loss': scalar} of the batch of `step`."""
-        batch = self.batches(step, generator)
-        clean = batch.latents
-        sigmas = sample_sigmas(len(clean), self.distribution, self.shift, generator)
-        noise = torch.randn(clean.shape, generator=generator)
+    def __call__(self, model: DiffusionTransformer, index: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """{'loss': scalar} of batch number `index`."""
+        batch = self.batches(index, generator)
+        sigmas = sample_sigmas(len(batch.latents), self.distribution, self.shift, generator)
+        # Drawn on the CPU: the same on every device.
+        noise = torch.randn(batch.latents.shape, generator=generator)
+        return {"loss": self.at(model, batch, sigmas, noise)}
+
+    def at(self, model: DiffusionTransformer, batch: Batch, sigmas: Tensor, noise: Tensor) -> Tensor:
+        """The loss of a batch at given noise levels (B,) and noise like the latents."""
+        config, weight = dit_of(model).config, dit_of(model).visual_embeddings.in_layer.weight
+        device, dtype = weight.device, weight.dtype
+        clean, noise, sigmas = batch.latents.to(device).float(), noise.to(device), sigmas.to(device)
         level = sigmas.view(-1, 1, 1, 1, 1)
         noisy = (1 - level) * clean + level * noise
-        inputs = model_input(noisy, batch.image, model.config)
-        grid = LatentShape(*clean.shape).token_grid(model.config.patch_size)
-        plan = plan_visual(model.config, grid, self.rope_scale, self.nabla)
-        velocity = model(inputs, 1000 * sigmas, batch.text.trimmed(), plan).float()
+        inputs = model_input(noisy.to(dtype), batch.image, config)
+        grid = LatentShape(*clean.shape).token_grid(config.patch_size)
+        plan = plan_visual(config, grid, self.rope_scale, self.nabla, device)
+        velocity = model(inputs, 1000 * sigmas, batch.text.trimmed().to(device, dtype), plan).float()
         error = (velocity - (noise - clean)).square().mean(dim=1, keepdim=True)
         counted = _not_given(batch.image, error)
-        return {"loss": (error * counted).sum() / counted.sum().clamp_min(1)}
+        return (error * counted).sum() / counted.sum().clamp_min(1)
 
 
 def _not_given(image: ImageConditioning | None, error: Tensor) -> Tensor:
     """1 where the model has to predict, like `error` (B, 1, T, H, W)."""
     if image is None or image.clean is None:
         return torch.ones_like(error)
-    return (1 - image.mask).expand_as(error)
+    return (1 - image.mask.to(error)).expand_as(error)
+
+
+def dit_of(model: nn.Module) -> DiffusionTransformer:
+    """The network inside the wrappers of accelerate and of a LoRA."""
+    model = getattr(model, "module", model)
+    return getattr(model, "base", model)
