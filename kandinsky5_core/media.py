@@ -140,13 +140,13 @@ def read_video(path: str | Path) -> tuple[Tensor, float]:
     Raises:
         ValueError: not a readable video.
     """
-    with _open_video(Path(path)) as container:
+    with open_video(Path(path)) as container:
         if not container.streams.video:
             raise ValueError(f"video {path} has no picture in it")
         stream = container.streams.video[0]
         frames, times = [], []
         for frame in container.decode(stream):
-            frames.append(torch.from_numpy(_frame_to_rgb(frame)))
+            frames.append(torch.from_numpy(frame_to_rgb(frame)))
             times.append(frame.time)
         rate = stream.average_rate or stream.guessed_rate
     if not frames or not rate:
@@ -237,7 +237,8 @@ def _to_yuv(array: np.ndarray) -> av.VideoFrame:
     )
 
 
-def _frame_to_rgb(frame: av.VideoFrame) -> np.ndarray:
+def frame_to_rgb(frame: av.VideoFrame) -> np.ndarray:
+    """(H, W, 3) uint8, the right way up."""
     array = frame.to_ndarray(format="rgb24")
     # Phones store the turn and not the turned picture.
     return np.ascontiguousarray(np.rot90(array, frame.rotation // 90))
@@ -293,7 +294,12 @@ def _open_image(path: Path) -> Iterator[Image.Image]:
 
 
 @contextmanager
-def _open_video(path: Path) -> Iterator[av.container.InputContainer]:
+def open_video(path: Path) -> Iterator[av.container.InputContainer]:
+    """The container of a video file.
+
+    Raises:
+        ValueError: it cannot be read, whenever that shows.
+    """
     try:
         with av.open(str(path)) as container:
             yield container
@@ -323,6 +329,6 @@ def _image_comment(path: Path) -> str | None:
 
 
 def _video_comment(path: Path) -> str | None:
-    with _open_video(path) as container:
+    with open_video(path) as container:
         tags = {name.lower(): value for name, value in container.metadata.items()}
     return tags.get(COMMENT)

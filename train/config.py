@@ -240,8 +240,11 @@ class JobConfig:
     gradient_checkpointing: bool = False
     nabla: str = "auto"
     """'auto' as the variant was trained, 'on', 'off'."""
-    output: str = ""
-    """File of the result; empty: `result/` in the job's folder."""
+    output_folder: str = ""
+    """Where the finished result goes, under a name made of the job's, the variant's, the rank and the steps; empty:
+    `result/` in the job's folder."""
+    only_cache: bool = False
+    """Encode the material and end."""
     layout: str = "comfyui"
     """Key format of a LoRA: comfyui, official, diffusers or kohya."""
     threads: int = 0

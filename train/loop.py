@@ -53,7 +53,7 @@ class Watcher:
         """Before the first step, or the first after a resume."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lines = (self.folder / PROGRESS).open("a", encoding="utf-8")
-        self._bar = tqdm(initial=progress.step, total=num_steps, desc=self.folder.name, mininterval=5)
+        self._bar = tqdm(initial=progress.step, total=num_steps, desc=self.folder.name, mininterval=5, disable=None)
 
     def stepped(self, record: dict[str, float]) -> None:
         """After each step: its losses, gradient norm, rate and seconds."""
