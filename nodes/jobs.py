@@ -6,11 +6,11 @@ from typing import Any
 
 from comfy_api.latest import io, ui
 
+from .bridge.frames import require_variant
 from .bridge.jobs import continued, jobs, lora_weights, wait
 from .bridge.lora import apply_file
 from .bridge.model import load_model
 from .bridge.plots import loss_plot, sample_sheet
-from .bridge.sampling import require_variant
 
 CATEGORY = "Kandinsky 5/train"
 LORA_MODEL, LOSS_MAP = io.Custom("LORA_MODEL"), io.Custom("LOSS_MAP")

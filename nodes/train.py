@@ -19,10 +19,22 @@ from ..train.config import (
     ValidationConfig,
 )  # fmt: skip
 from .bridge.folders import AUTO, choices, find_auto, variant_choices
-from .bridge.jobs import built_in_data, check_name, data_path, keep_image, model_files, model_folder, start
+from .bridge.jobs import (
+    built_in_data,
+    cached,
+    check_name,
+    data_path,
+    jobs,
+    keep_image,
+    model_files,
+    model_folder,
+    start,
+    wait,
+)  # fmt: skip
 
 CATEGORY = "Kandinsky 5/train"
 DATA, SETTINGS = io.Custom("K5_DATA"), io.Custom("K5_TRAINING")
+MODEL_TIP = "The model that learns: a file of models/diffusion_models, or a built-in one."
 LORA, FULL = "LoRA", "full fine-tune"
 STRENGTHS = {"gentle": 0.5, "normal": 1.0, "strong": 3.0}
 RATES = {LORA: 1e-4, FULL: 1e-5}
@@ -276,6 +288,67 @@ def _defaults(config: type) -> dict[str, Any]:
     return {field.name: field.default for field in dataclasses.fields(config)}
 
 
+def _part_inputs() -> list[io.Input]:
+    """The files beside the DiT."""
+    usual = {"default": AUTO, "optional": True, "advanced": True, "tooltip": "auto: the usual file."}
+    return [
+        io.Combo.Input("text_encoder", options=[AUTO, *choices("text_encoders")], **usual),
+        io.Combo.Input("clip_name", options=[AUTO, *choices("text_encoders")], **usual),
+        io.Combo.Input("vae_name", options=[AUTO, *choices("vae")], **usual),
+        io.Combo.Input(
+            "variant", options=variant_choices(), default=AUTO, optional=True, advanced=True,
+            tooltip="What the file is, where one file serves several uses.",
+        ),
+    ]  # fmt: skip
+
+
+def _files(model_name: str, parts: dict[str, str]) -> dict[str, str]:
+    """What a job calls the chosen files; `parts` without entries means 'auto'."""
+    named = {name: parts.get(name, AUTO) for name in ("text_encoder", "clip_name", "vae_name")}
+    variant = parts.get("variant", AUTO)
+    return {
+        **model_files(model_name, **find_auto(model_name, **named)), "variant": "" if variant == AUTO else variant,
+    }  # fmt: skip
+
+
+class K5CacheData(io.ComfyNode):
+    """Scan and encode the material before training."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="K5CacheData",
+            display_name="Cache Kandinsky 5 Training Data",
+            category=CATEGORY,
+            is_output_node=True,
+            description="Looks through the material (unreadable, too small, duplicates, buckets, cost) and encodes it, so "
+            "that training starts at once. Optional: training does the same where it was not done. Cancel keeps what is "
+            "encoded.",
+            search_aliases=["encode dataset", "latent cache", "scan dataset"],
+            inputs=[
+                io.Combo.Input("model_name", options=choices("diffusion_models"), tooltip=MODEL_TIP),
+                DATA.Input("data"),
+                *_part_inputs(),
+                io.String.Input(
+                    "device", default="auto", optional=True, advanced=True, tooltip="auto, cpu, cuda, cuda:1, ..."
+                ),
+            ],
+            outputs=[DATA.Output(display_name="data"), io.String.Output(display_name="report")],
+        )
+
+    @classmethod
+    def execute(cls, model_name: str, data: DataConfig, device: str = "auto", **parts: str) -> io.NodeOutput:
+        config = JobConfig(
+            name="cache", data=cached(data), only_cache=True, fit=FitConfig(num_steps=1, learning_rate=1.0), device=device,
+            validation=ValidationConfig(every=0), **_files(model_name, parts),
+        )  # fmt: skip
+        job = start(config, again=True)
+        wait(job)
+        report = job.scan_report()
+        jobs().delete(job.id)
+        return io.NodeOutput(data, report, ui=ui.PreviewText(report))
+
+
 class K5StartTraining(io.ComfyNode):
     """Start a job and return at once."""
 
@@ -291,7 +364,7 @@ class K5StartTraining(io.ComfyNode):
             search_aliases=["train lora", "fine-tune"],
             inputs=[
                 io.Combo.Input(
-                    "model_name", options=choices("diffusion_models"), tooltip="The model that learns; built-in or a file."
+                    "model_name", options=choices("diffusion_models"), tooltip=MODEL_TIP
                 ),
                 DATA.Input("data"),
                 SETTINGS.Input("settings"),
@@ -304,29 +377,10 @@ class K5StartTraining(io.ComfyNode):
                 io.Image.Input(
                     "sample_image", optional=True, tooltip="For models that animate or edit a picture: the one to use."
                 ),
-                io.Combo.Input(
-                    "text_encoder", options=[AUTO, *choices("text_encoders")], default=AUTO, optional=True,
-                    advanced=True, tooltip="auto: the usual file.",
-                ),
-                io.Combo.Input(
-                    "clip_name", options=[AUTO, *choices("text_encoders")], default=AUTO, optional=True, advanced=True,
-                    tooltip="auto: the usual file.",
-                ),
-                io.Combo.Input(
-                    "vae_name", options=[AUTO, *choices("vae")], default=AUTO, optional=True, advanced=True,
-                    tooltip="auto: the usual file.",
-                ),
-                io.Combo.Input(
-                    "variant", options=variant_choices(), default=AUTO, optional=True, advanced=True,
-                    tooltip="What the file is, where one file serves several uses.",
-                ),
+                *_part_inputs(),
                 io.Combo.Input(
                     "if_done_before", options=["continue", "start anew"], default="continue", optional=True,
                     advanced=True, tooltip="When a job with the same settings is there already.",
-                ),
-                io.Boolean.Input(
-                    "only_cache", default=False, optional=True, advanced=True,
-                    tooltip="Encode the material and end: other jobs with it then start at once.",
                 ),
             ],
             outputs=[io.String.Output(display_name="job", tooltip="The job's id, for the nodes that wait and look.")],
@@ -335,18 +389,15 @@ class K5StartTraining(io.ComfyNode):
     @classmethod
     def execute(
         cls, model_name: str, data: DataConfig, settings: dict[str, Any], name: str, sample_prompts: str,
-        sample_every: int, sample_image: Any = None, text_encoder: str = AUTO, clip_name: str = AUTO,
-        vae_name: str = AUTO, variant: str = AUTO, if_done_before: str = "continue", only_cache: bool = False,
+        sample_every: int, sample_image: Any = None, if_done_before: str = "continue", **parts: str,
     ) -> io.NodeOutput:  # fmt: skip
-        parts = find_auto(model_name, text_encoder=text_encoder, clip_name=clip_name, vae_name=vae_name)
-        folder = "loras" if settings["lora"] else "diffusion_models"
         picture = "" if sample_image is None else str(keep_image(sample_image))
         prompts = [line.strip() for line in sample_prompts.splitlines() if line.strip()]
         samples = tuple(SampleConfig(prompt=prompt, image=picture, seed=row) for row, prompt in enumerate(prompts))
         config = JobConfig(
-            name=check_name(name), data=data, variant="" if variant == AUTO else variant, only_cache=only_cache,
-            validation=ValidationConfig(every=sample_every, samples=samples), output_folder=str(model_folder(folder)),
-            **model_files(model_name, **parts), **settings,
+            name=check_name(name), data=cached(data), validation=ValidationConfig(every=sample_every, samples=samples),
+            output_folder=str(model_folder("loras" if settings["lora"] else "diffusion_models")),
+            **_files(model_name, parts), **settings,
         )  # fmt: skip
         job = start(config, again=if_done_before != "continue")
         return io.NodeOutput(job.id, ui=ui.PreviewText(f"job {job.id}: {job.status().state}"))

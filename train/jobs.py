@@ -3,6 +3,7 @@
     <jobs>/<id>/job.json          the JobConfig
                 status.json       a Status, written aside and renamed
                 progress.jsonl    a line a step
+                scan.txt          what the material came to
                 log.txt           everything the process printed
                 STOP              asks it to save and end
                 lock              locked by the process for as long as it lives
@@ -31,6 +32,7 @@ from typing import IO, Any
 from .config import JobConfig, from_dict, to_dict
 
 JOB, STATUS, PROGRESS, LOG, STOP, LOCK = "job.json", "status.json", "progress.jsonl", "log.txt", "STOP", "lock"
+SCAN = "scan.txt"
 CHECKPOINTS, SAMPLES, RESULT, TENSORBOARD, CACHE = "checkpoints", "samples", "result", "tensorboard", "cache"
 RUNNING = ("starting", "loading", "caching", "training", "saving")
 ENDED = ("done", "stopped", "failed", "lost")
@@ -161,6 +163,11 @@ class Job:
             with contextlib.suppress(ValueError):
                 found.append((int(folder.name.removeprefix("step-")), files))
         return found
+
+    def scan_report(self) -> str:
+        """What the material came to, for people; empty before it was looked at."""
+        path = self.folder / SCAN
+        return path.read_text(encoding="utf-8") if path.is_file() else ""
 
     def log_tail(self, num_bytes: int = 20_000) -> str:
         """The end of log.txt."""

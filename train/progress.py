@@ -105,11 +105,12 @@ class JobWatcher(Watcher):
         super().stepped(record)
         self._recent.append(record["seconds"])
         step = int(record["step"])
+        checked = [value for value in (self.status.best_loss, record.get("validation")) if value is not None]
         left = statistics.fmean(self._recent) * (self.status.num_steps - step)
         self.status = replace(
             self.status, step=step, loss=record["smoothed"], seconds_left=round(left, 1), message="",
             seconds=round(time.monotonic() - self._began, 1),
-            pid=os.getpid(), best_loss=min(filter(None, (self.status.best_loss, record.get("validation"))), default=None),
+            pid=os.getpid(), best_loss=min(checked, default=None),
         )  # fmt: skip
         if time.time() - self.status.updated > STATUS_SECONDS:
             self._write()

@@ -30,7 +30,7 @@ from .config import JobConfig, to_dict
 from .data.cache import Hashes, build_cache, encode_caption
 from .data.dataset import Batches, EncodeText
 from .data.scan import ScanReport, scan
-from .jobs import CACHE, EXIT_CODES, RESULT, Job
+from .jobs import CACHE, EXIT_CODES, RESULT, SCAN, Job
 from .loop import Stopped, check_distribution, fit
 from .objectives.flow_matching import FlowMatching
 from .progress import JobWatcher, StopSignals
@@ -128,6 +128,8 @@ def _train(job: Job, config: JobConfig, watcher: JobWatcher, accelerator: Accele
     files = job_files(config)
     report = scan(config.data, files.variant, on_item=watcher.working)
     log.info("%s", report.text())
+    if accelerator.is_main_process:
+        (job.folder / SCAN).write_text(report.text(), encoding="utf-8")
     report.check()
     setup = Setup(job=job, config=config, files=files, watcher=watcher, accelerator=accelerator)
     batches, held_out, models = setup.material(report)

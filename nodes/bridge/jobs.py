@@ -6,6 +6,7 @@ import hashlib
 import re
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from PIL import Image
 
 from ...kandinsky5_core.media import read_image, read_video, write_image
-from ...train.config import JobConfig, to_dict
+from ...train.config import DataConfig, JobConfig, to_dict
 from ...train.jobs import Job, Jobs, Status, launch
 from .folders import built_in, path_of
 
@@ -84,6 +85,11 @@ def model_files(model_name: str, text_encoder: str, clip_name: str, vae_name: st
         "vae": str(path_of("vae", vae_name)),
         "tokenizers": str(Path(folder_paths.base_path)),
     }
+
+
+def cached(data: DataConfig) -> DataConfig:
+    """The same material, encoded into the one cache of this ComfyUI, which all jobs share."""
+    return replace(data, cache=str(jobs_folder().parent / "cache"))
 
 
 def model_folder(name: str) -> Path:
@@ -200,7 +206,7 @@ def _preview(files: list[Path]) -> tuple[str, Image.Image, int] | None:
 def sample_frames(files: list[Path]) -> Iterator[torch.Tensor]:
     """Frames (F, H, W, 3) in [0, 1] of sample files."""
     for file in files:
-        yield read_image(file)[None] if file.suffix == ".png" else read_video(file)[0]
+        yield read_image(file)[None] if file.suffix == ".png" else read_video(file)[0].float() / 255
 
 
 def lora_weights(path: Path) -> dict[str, Any]:
