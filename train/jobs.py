@@ -198,9 +198,9 @@ class Job:
         if not path.exists():
             return False
         with path.open("a+b") as file:
-            if not _try_lock(file):
+            if not try_lock(file):
                 return True
-            _unlock(file)
+            unlock(file)
         return False
 
     @contextlib.contextmanager
@@ -211,12 +211,12 @@ class Job:
             ValueError: another process does.
         """
         with (self.folder / LOCK).open("a+b") as file:
-            if not _try_lock(file):
+            if not try_lock(file):
                 raise ValueError(f"job {self.id} is already running; stop it first, or wait for its end")
             try:
                 yield
             finally:
-                _unlock(file)
+                unlock(file)
 
 
 @dataclass(frozen=True)
@@ -309,7 +309,8 @@ def _environment(extra: Mapping[str, str]) -> dict[str, str]:
     return {**kept, "PYTHONPATH": str(PACK), "PYTHONIOENCODING": "utf-8", **extra}
 
 
-def _try_lock(file: IO[bytes]) -> bool:
+def try_lock(file: IO[bytes]) -> bool:
+    """Lock an open file for as long as it stays open; False where another process has it."""
     try:
         if os.name == "nt":
             import msvcrt
@@ -325,7 +326,8 @@ def _try_lock(file: IO[bytes]) -> bool:
     return True
 
 
-def _unlock(file: IO[bytes]) -> None:
+def unlock(file: IO[bytes]) -> None:
+    """Undo `try_lock`."""
     if os.name == "nt":
         import msvcrt
 

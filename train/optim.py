@@ -50,7 +50,8 @@ class Optimizers:
         states: list[dict[int, dict[str, Tensor]]] = [{} for _ in self.parts]
         for name, value in tensors.items():
             number, index, key = name.split(".", 2)
-            states[int(number)].setdefault(int(index), {})[key] = value
+            # A copy: what is loaded from a file may be a view of it.
+            states[int(number)].setdefault(int(index), {})[key] = value.clone()
         for part, state in zip(self.parts, states, strict=True):
             part.load_state_dict({"state": state, "param_groups": part.state_dict()["param_groups"]})
 
@@ -74,7 +75,8 @@ def build_optimizers(model: nn.Module, config: FitConfig) -> Optimizers:
     muon = torch.optim.Muon(
         matrices, lr=config.learning_rate, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
     )
-    return Optimizers([muon, torch.optim.AdamW(rest, **adamw)])
+    # A LoRA moves nothing but matrices.
+    return Optimizers([muon, torch.optim.AdamW(rest, **adamw)] if rest else [muon])
 
 
 def _eight_bit() -> type[torch.optim.Optimizer]:
