@@ -67,8 +67,8 @@ class K5TrainingData(io.ComfyNode):
                     tooltip="How often an epoch shows this folder.",
                 ),
                 io.Int.Input(
-                    "megapixels_per_mille", default=0, min=0, max=4000, optional=True, advanced=True,
-                    tooltip="Size of a frame in thousandths of a megapixel: 393 is 512x768. 0: the model's own sizes.",
+                    "resolution", default=0, min=0, max=2048, step=16, optional=True, advanced=True,
+                    tooltip="Side of the square that has as many pixels as a frame shall have. 0: the model's own sizes.",
                 ),
                 io.Int.Input(
                     "max_frames", default=0, min=0, max=481, optional=True, advanced=True,
@@ -104,14 +104,14 @@ class K5TrainingData(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, folder: str, trigger: str, more: Any = None, repeats: int = 1, megapixels_per_mille: int = 0,
+        cls, folder: str, trigger: str, more: Any = None, repeats: int = 1, resolution: int = 0,
         max_frames: int = 0, caption_dropout: float = 0.1, frame_budget: int = 0, image_batch: int = 0,
         tasks: str = "", cache_text: bool = True, drop_duplicates: bool = True,
     ) -> io.NodeOutput:  # fmt: skip
         source = SourceConfig(path=str(data_path(folder)), repeats=repeats)
         data = DataConfig(
             sources=(*(more.sources if more else ()), source), trigger=trigger.strip(),
-            area=megapixels_per_mille * 1000, max_frames=max_frames, caption_dropout=caption_dropout,
+            area=resolution * resolution, max_frames=max_frames, caption_dropout=caption_dropout,
             frame_budget=frame_budget, image_batch=image_batch, tasks=read_tasks(tasks), cache_text=cache_text,
             drop_duplicates=drop_duplicates,
         )  # fmt: skip
