@@ -7,10 +7,11 @@ from typing import Any
 from comfy_api.latest import io, ui
 
 from .bridge.frames import require_variant
-from .bridge.jobs import continued, jobs, lora_weights, wait
+from .bridge.jobs import continued, jobs, lora_weights, model_name, wait
 from .bridge.lora import apply_file
 from .bridge.model import load_model
 from .bridge.plots import loss_plot, sample_sheet
+from .bridge.results import FileName
 
 CATEGORY = "Kandinsky 5/train"
 LORA_MODEL, LOSS_MAP = io.Custom("LORA_MODEL"), io.Custom("LOSS_MAP")
@@ -35,6 +36,7 @@ class K5WaitForTraining(io.ComfyNode):
                 LOSS_MAP.Output(display_name="loss", tooltip="For Plot Loss Graph."),
                 io.Int.Output(display_name="steps"),
                 io.String.Output(display_name="job", tooltip="The same id, once it is done."),
+                FileName.Output(display_name="name", tooltip="Of the file in models/loras or models/diffusion_models, for any loader or a soup."),
             ],
         )  # fmt: skip
 
@@ -45,7 +47,7 @@ class K5WaitForTraining(io.ComfyNode):
         config, result = found.config(), found.result()
         weights = lora_weights(result) if config.lora is not None and result is not None else {}
         losses = [record["loss"] for record in found.progress()]
-        return io.NodeOutput(weights, {"loss": losses}, status.step, job)
+        return io.NodeOutput(weights, {"loss": losses}, status.step, job, model_name(result))
 
     @classmethod
     def fingerprint_inputs(cls, job: str) -> object:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -251,6 +252,8 @@ class JobConfig:
     """CPU threads; 0 leaves it to torch."""
 
     def __post_init__(self) -> None:
+        if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device):
+            raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got '{self.device}'")
         _check_choice("base_weights", self.base_weights, ("", "int8", "fp8"))
         _check_choice("dtype", self.dtype, ("", "fp32", "bf16"))
         _check_choice("nabla", self.nabla, ("auto", "on", "off"))

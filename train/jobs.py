@@ -24,7 +24,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -34,7 +34,7 @@ from .config import JobConfig, from_dict, to_dict
 JOB, STATUS, PROGRESS, LOG, STOP, LOCK = "job.json", "status.json", "progress.jsonl", "log.txt", "STOP", "lock"
 SCAN = "scan.txt"
 CHECKPOINTS, SAMPLES, RESULT, TENSORBOARD, CACHE = "checkpoints", "samples", "result", "tensorboard", "cache"
-RUNNING = ("starting", "loading", "caching", "training", "saving")
+RUNNING = ("starting", "waiting", "loading", "caching", "training", "saving")
 ENDED = ("done", "stopped", "failed", "lost")
 EXIT_CODES = {"done": 0, "failed": 1, "stopped": 3}
 START_SECONDS = 120.0
@@ -272,6 +272,24 @@ class Jobs:
         shutil.rmtree(job.folder)
 
 
+@contextlib.contextmanager
+def device_turn(job: Job, device: str, waiting: Callable[[str], None]) -> Iterator[None]:
+    """Hold a device for one job: of those in one folder, the others wait.
+
+    Args:
+        device: Its name; jobs with other names run at the same time.
+        waiting: Called twice a second while another job has it; may raise to give up.
+    """
+    with (job.folder.parent / f".{device.replace(':', '-')}.lock").open("a+b") as file:
+        while not try_lock(file):
+            waiting(f"waits until another job has left {device}")
+            time.sleep(0.5)
+        try:
+            yield
+        finally:
+            unlock(file)
+
+
 def launch(job: Job, *, python: str = sys.executable, environment: Mapping[str, str] | None = None) -> int:
     """Start, or go on with, a job as a process of its own; its pid.
 
@@ -298,14 +316,22 @@ def launch(job: Job, *, python: str = sys.executable, environment: Mapping[str, 
         process = subprocess.Popen(
             [python, "-u", "-m", Path(__file__).parent.name, "run", str(job.folder / JOB)],
             cwd=PACK, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
-            env=_environment(environment or {}), **apart,
+            env=_environment(config.device, environment or {}), **apart,
         )  # fmt: skip
     return process.pid
 
 
-def _environment(extra: Mapping[str, str]) -> dict[str, str]:
+def _environment(device: str, extra: Mapping[str, str]) -> dict[str, str]:
     dropped = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "PYTHONSTARTUP")
     kept = {key: value for key, value in os.environ.items() if key not in dropped}
+    kind, _, number = device.partition(":")
+    if kind == "cuda" and number:
+        # The process sees this one card alone, as its first.
+        visible = kept.get("CUDA_VISIBLE_DEVICES", "")
+        cards = visible.split(",") if visible else [str(card) for card in range(int(number) + 1)]
+        if int(number) >= len(cards):
+            raise ValueError(f"device '{device}' is beyond the {len(cards)} of CUDA_VISIBLE_DEVICES={visible}")
+        kept["CUDA_VISIBLE_DEVICES"] = cards[int(number)]
     return {**kept, "PYTHONPATH": str(PACK), "PYTHONIOENCODING": "utf-8", **extra}
 
 

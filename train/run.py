@@ -21,8 +21,8 @@ from kandinsky5_core.memory.apply import checkpoint_blocks
 from kandinsky5_core.memory.quantized import quantize_blocks
 from kandinsky5_core.pipeline import Models
 from kandinsky5_core.weights.hashing import model_hash, sampled_hash
+from kandinsky5_core.weights.lora import BASE_KEY, SAMPLES_KEY
 from kandinsky5_core.weights.lora_tools import write_lora
-from kandinsky5_core.weights.soup import BASE_KEY
 from kandinsky5_core.weights.variants import VARIANT_KEY
 
 from .checkpoint import Progress, average_of, list_checkpoints, write_tensors
@@ -30,7 +30,7 @@ from .config import JobConfig, to_dict
 from .data.cache import Hashes, build_cache, encode_caption
 from .data.dataset import Batches, EncodeText
 from .data.scan import ScanReport, scan
-from .jobs import CACHE, EXIT_CODES, RESULT, SCAN, Job
+from .jobs import CACHE, EXIT_CODES, RESULT, SCAN, Job, device_turn
 from .loop import Stopped, check_distribution, fit
 from .objectives.flow_matching import FlowMatching
 from .progress import JobWatcher, StopSignals
@@ -57,8 +57,23 @@ def run_job(job: Job) -> int:
             job.folder, job=job, signals=signals, device=accelerator.device, is_main=accelerator.is_main_process,
             every=config.validation.every,
         )  # fmt: skip
-        with _lock(job) if accelerator.is_main_process else contextlib.nullcontext():
+        if not accelerator.is_main_process:
             return _ended(watcher, lambda: _train(job, config, watcher, accelerator))
+        with _lock(job):
+            return _ended(watcher, lambda: _in_turn(job, config, watcher, accelerator))
+
+
+def _in_turn(job: Job, config: JobConfig, watcher: JobWatcher, accelerator: Accelerator) -> Path:
+    """Train once the device is free of other jobs."""
+    device = config.device if ":" in config.device else str(accelerator.device)
+
+    def waiting(message: str) -> None:
+        if watcher.status.state != "waiting":
+            watcher.tell("waiting", message)
+        watcher.working(message)
+
+    with device_turn(job, device, waiting):
+        return _train(job, config, watcher, accelerator)
 
 
 def _ended(watcher: JobWatcher, work: object) -> int:
@@ -171,6 +186,7 @@ class Setup:
 
     def __post_init__(self) -> None:
         self.samples: list = []
+        self.num_samples = 0
         self.base_hash = model_hash(self.files.dit, want="dit")
 
     @property
@@ -196,6 +212,7 @@ class Setup:
         )  # fmt: skip
         requests = [sample_request(sample, config.validation, models) for sample in config.validation.samples]
         self.watcher.tell("caching", "encoding the material")
+        self.num_samples = len(report.items)
         folder = Path(config.data.cache) if config.data.cache else self.job.folder / CACHE
         with self.accelerator.main_process_first():
             cache = build_cache(report, config.data, models, self.hashes(), folder, on_item=self.watcher.working)
@@ -297,7 +314,7 @@ class Setup:
         told = to_dict(replace(config, output_folder="", data=replace(config.data, cache="", sources=_names(config))))
         metadata = {
             VARIANT_KEY: self.variant.name, BASE_KEY: self.base_hash, STEPS_KEY: str(step), JOB_KEY: json.dumps(told),
-            "trigger": config.data.trigger,
+            "trigger": config.data.trigger, SAMPLES_KEY: str(self.num_samples),
         }  # fmt: skip
         target.parent.mkdir(parents=True, exist_ok=True)
         if config.lora is None:

@@ -97,6 +97,15 @@ def model_folder(name: str) -> Path:
     return Path(folder_paths.get_folder_paths(name)[0])
 
 
+def model_name(path: Path | None) -> str:
+    """What the loaders' drop-downs call a file of a model folder; its path where it lies elsewhere."""
+    for folder in ("loras", "diffusion_models"):
+        for root in map(Path, folder_paths.get_folder_paths(folder)):
+            if path is not None and path.is_relative_to(root):
+                return str(path.relative_to(root))
+    return "" if path is None else str(path)
+
+
 def keep_image(image: torch.Tensor) -> Path:
     """The first picture of an IMAGE as a file for jobs, named by its content."""
     pixels = (image[0, ..., :3] * 255).round().clamp(0, 255).byte()

@@ -300,3 +300,136 @@ SPECS: dict[str, Spec] = {
     ),
 }
 """By file name."""
+
+
+def _train(data: dict[str, Any], name: str, prompts: str, **settings: Any) -> dict[str, dict[str, Any]]:
+    """Data 21, settings 22, start 23, wait 24 and a plot of the loss 27."""
+    return {
+        "21": node("K5TrainingData", **data),
+        "22": node("K5TrainingSettings", what="LoRA", rank=16, ema_decay=0.98, gradient_checkpointing=False, **settings),
+        "23": node(
+            "K5StartTraining", model_name="built-in: nano-video", data=["21", 0], settings=["22", 0], name=name,
+            sample_prompts=prompts, sample_every=20,
+        ),
+        "24": node("K5WaitForTraining", job=["23", 0]),
+        "27": node("LossGraphNode", loss=["24", 1], filename_prefix="kandinsky5/loss"),
+    }  # fmt: skip
+
+
+def _soup() -> dict[str, dict[str, Any]]:
+    """Domains star (2x) and turquoise (3x), soup 40, rows of the sheet 51 to 53."""
+    nodes: dict[str, dict[str, Any]] = {
+        "1": node("K5LoadAll", model_name="built-in: nano-video"),
+        "2": node("K5EncodePrompts", clip=["1", 1], positive="a big turquoise star on a black background", negative=""),
+        "3": node("K5EmptyLatent", model=["1", 0]),
+        "22": node("K5TrainingSettings", what="LoRA", rank=16, ema_decay=0.98, gradient_checkpointing=False, steps=40,
+                   learning_rate=1e-3, warmup_steps=10),
+    }  # fmt: skip
+    for base, domain in ((20, "star"), (30, "turquoise")):
+        nodes |= {
+            f"{base + 1}": node("K5TrainingData", folder=f"built-in: {domain}"),
+            f"{base + 3}": node(
+                "K5StartTraining", model_name="built-in: nano-video", data=[f"{base + 1}", 0], settings=["22", 0],
+                name=f"soup-{domain}", sample_prompts="", sample_every=0,
+            ),
+            f"{base + 4}": node("K5WaitForTraining", job=[f"{base + 3}", 0]),
+        }  # fmt: skip
+    nodes["40"] = node("K5Soup", weighting="sqrt", name="soup-of-two", existing="replace", part_1=["24", 4], part_2=["34", 4])
+    for row, name in enumerate((["24", 4], ["34", 4], ["40", 0]), 1):
+        nodes |= {
+            f"4{row}": node("LoraLoaderModelOnly", model=["1", 0], lora_name=name, strength_model=1.0),
+            f"5{row}": node("K5Sample", model=[f"4{row}", 0], positive=["2", 0], negative=["2", 1], latent=["3", 0], seed=7),
+            f"6{row}": node("VAEDecode", samples=[f"5{row}", 0], vae=["1", 2]),
+        }
+    return {
+        **nodes,
+        "70": node(
+            "K5ContactSheet", images_1=["61", 0], images_2=["62", 0], images_3=["63", 0], labels="star\nturquoise\nsoup"
+        ),
+        "6": node("SaveImage", images=["70", 0], filename_prefix="kandinsky5/soup"),
+    }
+
+
+STAR = "a big red star on a black background"
+SHORT = "40 steps show that everything works; 300 and more teach it."
+TRAINS = (
+    "Training is a process of its own: watch, stop and resume it in the side panel 'Kandinsky 5 jobs'. Cancel saves; run "
+    "again to go on. For your own footage, put a folder with .txt captions into ComfyUI's input folder, name it in the "
+    "data node, and choose your model twice: in Start Training and in the loader."
+)
+
+SPECS |= {
+    "train_lora": Spec(
+        title="Train a LoRA",
+        about=f"Teaches the built-in model stars from 24 drawn clips, then uses what it learnt. {SHORT} {TRAINS}",
+        model=T2V,
+        vae=VIDEO_VAE,
+        nodes=_video(
+            STAR,
+            **_train({"folder": "built-in: star"}, "star", STAR, steps=40, learning_rate=1e-3, warmup_steps=10),
+            **{
+                "3": node("K5EmptyLatent", model=["1", 0]),
+                "7": node("K5LoadTrained", model=["1", 0], job=["24", 3]),
+                "4": node("K5Sample", model=["7", 0], positive=["2", 0], negative=["2", 1], latent=["3", 0], seed=7),
+            },
+        ),
+    ),
+    "train_i2v_lora": Spec(
+        title="Train an image to video LoRA",
+        about=f"All clips with their clean first frame given and out of the loss, as the released models were trained. {SHORT} "
+        + TRAINS,
+        model=I2V,
+        vae=VIDEO_VAE,
+        nodes=_video(
+            "a big purple square moves down on a black background",
+            **_train(
+                {"folder": "built-in: star", "tasks": "i2v 1"}, "star-i2v", STAR, steps=40, learning_rate=1e-3,
+                warmup_steps=10,
+            ),
+            **{
+                "8": node("K5NanoPicture", sentence="a big purple square moves down on a black background", seed=3),
+                "7": node("K5LoadTrained", model=["1", 0], job=["24", 3]),
+                "3": node(
+                    "K5ImageToVideo", model=["1", 0], positive=["2", 0], negative=["2", 1], vae=["1", 2],
+                    start_image=["8", 0],
+                ),
+                "4": node("K5Sample", model=["7", 0], positive=["3", 0], negative=["3", 1], latent=["3", 2], seed=7),
+            },
+        ),
+    ),
+    "train_edit_lora": Spec(
+        title="Train an edit LoRA",
+        about="Pairs of pictures before and after, with the instruction as caption: folders `source` and `target` with the "
+        f"same names. {SHORT} {TRAINS}",
+        model=I2I,
+        vae=IMAGE_VAE,
+        nodes={
+            **_train(
+                {"folder": "built-in: star-edits", "frame_budget": 8}, "star-edit", "turn the circle into a star",
+                steps=40, learning_rate=1e-3, warmup_steps=10,
+            ),
+            "23": node(
+                "K5StartTraining", model_name="built-in: nano-edit", data=["21", 0], settings=["22", 0],
+                name="star-edit", sample_prompts="turn the circle into a star", sample_every=20, sample_image=["7", 0],
+            ),
+            "1": node("K5LoadAll", model_name="built-in: nano-edit"),
+            "7": node("K5NanoPicture", sentence="a big red circle on a gray background"),
+            "8": node("K5LoadTrained", model=["1", 0], job=["24", 3]),
+            "3": node(
+                "K5EditConditioning", model=["8", 0], clip=["1", 1], vae=["1", 2], image=["7", 0],
+                instruction="turn the circle into a star", negative="",
+            ),
+            "4": node("K5Sample", model=["8", 0], positive=["3", 0], negative=["3", 1], latent=["3", 2], seed=7),
+            "5": node("VAEDecode", samples=["4", 0], vae=["1", 2]),
+            "6": node("SaveImage", images=["5", 0], filename_prefix="kandinsky5/edit-lora"),
+        },
+    ),
+    "soup": Spec(
+        title="Soup of two domains",
+        about="One LoRA for each domain folder, averaged into a soup, and all three compared on the same prompt and seed. "
+        f"The second job waits until the first has left the card. {SHORT} {TRAINS}",
+        model=T2V,
+        vae=VIDEO_VAE,
+        nodes=_soup(),
+    ),
+}  # fmt: skip
