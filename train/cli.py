@@ -1,4 +1,4 @@
-"""`kandinsky5-train run | scan | cache | list | stop`: jobs from a terminal; heavy imports wait for their command."""
+"""`kandinsky5-train run | scan | cache | domains | list | stop`: jobs from a terminal; heavy imports wait."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from .config import JobConfig, from_dict
+from .domains_command import add_domains
 from .jobs import JOB, STOP, Job, Jobs
 
 JOBS = Path("outputs/jobs")
@@ -48,6 +49,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("job", type=Path, help="as for run")
         command.add_argument("--json", action="store_true", help="print JSON")
         command.set_defaults(command=function)
+    add_domains(commands)
     listing = commands.add_parser("list", help="jobs and where they stand")
     listing.add_argument("jobs", type=Path, nargs="?", default=JOBS)
     listing.set_defaults(command=_list)

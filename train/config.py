@@ -246,8 +246,8 @@ class JobConfig:
     `result/` in the job's folder."""
     only_cache: bool = False
     """Encode the material and end."""
-    layout: str = "comfyui"
-    """Key format of a LoRA: comfyui, official, diffusers or kohya."""
+    layout: str = "diffusers"
+    """Key format of a LoRA: diffusers (every known loader reads it), comfyui, official or kohya."""
     threads: int = 0
     """CPU threads; 0 leaves it to torch."""
 

@@ -214,8 +214,8 @@ class Setup:
         self.watcher.tell("caching", "encoding the material")
         self.num_samples = len(report.items)
         folder = Path(config.data.cache) if config.data.cache else self.job.folder / CACHE
-        with self.accelerator.main_process_first():
-            cache = build_cache(report, config.data, models, self.hashes(), folder, on_item=self.watcher.working)
+        # Of several processes one encodes while the others wait for its lock on the folder, and find all there.
+        cache = build_cache(report, config.data, models, self.hashes(), folder, on_item=self.watcher.working)
         if self.accelerator.is_main_process:
             self.samples = [prepare(request, models) for request in requests]
         if config.data.cache_text:

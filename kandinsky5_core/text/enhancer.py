@@ -66,8 +66,7 @@ def enhance(
         raise ValueError(f"temperature {temperature} must not be negative; 0 takes the likeliest token")
     pictures = _pictures(task, image)
     inputs = encoder.vision_inputs(chat_text(prompt, task), pictures)
-    ids = _generate(encoder, inputs, max_new_tokens, temperature, seed, on_token)
-    text = encoder.tokenizer.decode(ids, skip_special_tokens=True).strip()
+    text = written(encoder, inputs, max_new_tokens, temperature, seed, on_token)
     if not text:
         log.warning("prompt enhancer: the model wrote no text, only the end mark; the prompt stays as it was")
         return prompt
@@ -114,14 +113,15 @@ def _pictures(task: str, image: torch.Tensor | None) -> list[PIL.Image.Image]:
     return [shrink(picture, EDIT_IMAGE_DIVISOR) if task == "i2i" else limit_area(picture, FIRST_FRAME_AREA)]
 
 
-def _generate(
+def written(
     encoder: TextEncoder,
     inputs: dict[str, Any],
     max_new_tokens: int,
-    temperature: float,
-    seed: int,
-    on_token: OnToken | None,
-) -> torch.Tensor:
+    temperature: float = 0.0,
+    seed: int = 0,
+    on_token: OnToken | None = None,
+) -> str:
+    """What Qwen writes after `inputs` (of `TextEncoder.vision_inputs`), without special tokens."""
     stops = [encoder.tokenizer.convert_tokens_to_ids(token) for token in ("<|im_end|>", "<|endoftext|>")]
     drawing = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     devices = [encoder.device] if encoder.device.type == "cuda" else []
@@ -138,7 +138,8 @@ def _generate(
             pad_token_id=stops[1],
             streamer=_counting_streamer(on_token) if on_token is not None else None,
         )
-    return made[0, inputs["input_ids"].shape[1] :]
+    ids = made[0, inputs["input_ids"].shape[1] :]
+    return encoder.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
 
 def _counting_streamer(on_token: OnToken) -> BaseStreamer:

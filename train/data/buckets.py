@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+from kandinsky5_core.canvas import check_side
 from kandinsky5_core.config import Variant
 
 from ..config import DataConfig
@@ -38,7 +39,7 @@ def bucket_sizes(data: DataConfig, variant: Variant) -> tuple[tuple[int, int], .
     """Sizes to choose among.
 
     Raises:
-        ValueError: `data.area` is too small for one.
+        ValueError: `data.area` is too small for one, or beyond the models' positions.
     """
     if not data.area:
         return variant.resolutions
@@ -49,6 +50,7 @@ def bucket_sizes(data: DataConfig, variant: Variant) -> tuple[tuple[int, int], .
     for ratio in RATIOS:
         height = max(1, round(math.sqrt(data.area / ratio) / multiple)) * multiple
         width = max(1, round(math.sqrt(data.area * ratio) / multiple)) * multiple
+        check_side(height, width)
         sizes.append((height, width))
     return tuple(dict.fromkeys(sizes))
 
@@ -70,3 +72,16 @@ def longest_clip(data: DataConfig, variant: Variant) -> int:
 def choose_length(available: int, longest: int) -> int:
     """The most frames, of `LENGTHS` and `longest`, that `available` ones at the model's rate give; 0 for too few."""
     return max((length for length in (*LENGTHS, longest) if length <= min(available, longest)), default=0)
+
+
+def batch_size(bucket: Bucket, kind: str, longest: int, data: DataConfig, temporal_ratio: int) -> int:
+    """Samples of a bucket in one batch: as many as the frame budget holds.
+
+    Args:
+        kind: 'clip', 'image' or 'edit'.
+        longest: Latent frames of the longest sample; the budget where the user gives none.
+    """
+    budget = data.frame_budget or longest
+    if kind != "clip" and data.image_batch:
+        budget = data.image_batch
+    return max(1, budget // bucket.latent_frames(temporal_ratio))

@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import shutil
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kandinsky5_core.canvas import cover
 from kandinsky5_core.conditioning import TextConditioning
+from kandinsky5_core.config import Variant
 from kandinsky5_core.footage import look_at, read_frames
 from kandinsky5_core.inputs import encode_frames
 from kandinsky5_core.media import read_image
@@ -28,8 +30,9 @@ from kandinsky5_core.text.encoder import TextEncoder
 from kandinsky5_core.vae.tiling import DEFAULT_BUDGET_BYTES
 
 from ..config import DataConfig
+from .cost import latent_bytes, text_bytes
 from .scan import Item, OnItem, ScanReport
-from .shards import SAMPLES, TEXTS, Place, ShardWriter, index_shards, read_sample, resolution_class
+from .shards import SAMPLES, TEXTS, Place, ShardWriter, index_shards, locked, read_sample, resolution_class
 
 log = logging.getLogger(__name__)
 
@@ -97,17 +100,62 @@ def build_cache(
         ValueError: a file changed into something unreadable since the scan.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    places = index_shards(folder)
-    content = {path: _content_hash(path) for path in _paths(report.items)}
+    hashes = Hashes(
+        vae=f"{hashes.vae} {_dtype(models.vae)}",
+        text=f"{hashes.text} {_dtype(models.text_encoder.qwen)}" if data.cache_text else "",
+    )
+    content = _content_hashes(report.items, on_item)
     items = [_keyed(item, content, hashes) for item in report.items]
-    missing = [item for item in items if item.latents not in places]
-    log.info("cache %s: %d of %d samples are there", folder, len(items) - len(missing), len(items))
-    with models.on_device(models.vae):
-        _encode_missing(missing, models, folder, on_item, budget_bytes)
+    with locked(folder, on_item):
+        places = index_shards(folder)
+        missing = list({item.latents: item for item in items if item.latents not in places}.values())
+        log.info("cache %s: %d of %d samples are there", folder, len(items) - len(missing), len(items))
+        _check_room(folder, missing, items, places, data, models.variant)
+        if missing:
+            with models.on_device(models.vae):
+                _encode_missing(missing, models, folder, on_item, budget_bytes)
+        if data.cache_text:
+            texts = {key: value for key, value in _texts(items).items() if key not in places}
+            if texts:
+                with models.on_device(models.text_encoder):
+                    _encode_texts(texts, models, folder, on_item)
+        places = index_shards(folder, places)
+    return Cache(items=items, tasks=report.tasks, places=places, has_text=data.cache_text)
+
+
+def _dtype(module: nn.Module) -> torch.dtype:
+    return next(module.parameters()).dtype
+
+
+def _check_room(
+    folder: Path, missing: Sequence[CachedItem], items: Sequence[CachedItem], places: Mapping[str, Place],
+    data: DataConfig, variant: Variant,
+) -> None:  # fmt: skip
+    """Refuse to begin what will not fit on the disk.
+
+    Raises:
+        ValueError: too little room.
+    """
+    needed = latent_bytes([cached.item for cached in missing], variant)
     if data.cache_text:
-        with models.on_device(models.text_encoder):
-            _encode_texts(items, places, models, folder, on_item)
-    return Cache(items=items, tasks=report.tasks, places=index_shards(folder), has_text=data.cache_text)
+        texts = {cached.text: cached.item for cached in items if cached.text not in places}
+        needed += text_bytes(texts.values(), variant)
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise ValueError(
+            f"the cache needs about {needed / 1e9:.2f} GB and the disk of {folder} has {free / 1e9:.2f} GB free; make "
+            "room, name another folder as data.cache, or choose a smaller area or fewer frames"
+        )
+
+
+def _content_hashes(items: Sequence[Item], on_item: OnItem | None) -> dict[Path, str]:
+    paths = sorted(_paths(items))
+    found = {}
+    for number, path in enumerate(paths, 1):
+        if on_item is not None:
+            on_item(f"reading {path.name}, {number} of {len(paths)}")
+        found[path] = _content_hash(path)
+    return found
 
 
 def _paths(items: Iterable[Item]) -> set[Path]:
@@ -116,9 +164,12 @@ def _paths(items: Iterable[Item]) -> set[Path]:
 
 def _content_hash(path: Path) -> str:
     digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(_PIECE):
-            digest.update(piece)
+    try:
+        with path.open("rb") as file:
+            while piece := file.read(_PIECE):
+                digest.update(piece)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read any more: {error.strerror}") from error
     return digest.hexdigest()
 
 
@@ -130,9 +181,10 @@ def _keyed(item: Item, content: dict[Path, str], hashes: Hashes) -> CachedItem:
     example = item.example
     own = content[example.path]
     before = content[example.source] if example.source is not None else ""
-    window = (round(item.moments[0], 4), len(item.moments)) if item.moments else ()
+    window = [round(moment, 4) for moment in item.moments]
     task = text_task(example.kind)
     shown = (before, item.bucket) if before else ()
+    # The bucket says how a picture is cut, and with it what the text encoder is shown of it.
     return CachedItem(
         item=item,
         latents=_key("latents", own, before, item.bucket, window, hashes.vae, LATENT_DTYPE),
@@ -177,9 +229,7 @@ def _encode_missing(
                 left = (time.monotonic() - began) / number * (len(missing) - number) if number else 0
                 rest = f", {left:.0f} s left" if number else ""
                 on_item(f"encoding {item.example.path.name}, {number + 1} of {len(missing)}{rest}")
-            latents = {"latents": encode_frames(models, frames_of(item), budget_bytes)[0]}
-            if item.example.source is not None:
-                latents["source"] = encode_frames(models, source_of(item), budget_bytes)[0]
+            latents = _encode(item, models, budget_bytes)
             stored = {name: tensor.to(LATENT_DTYPE).cpu() for name, tensor in latents.items()}
             kind = "clip" if item.example.kind == "clip" else "image"
             size = resolution_class(item.bucket.height * item.bucket.width)
@@ -187,6 +237,21 @@ def _encode_missing(
             example = item.example
             told = {"caption": item.caption, "bucket": list(item.bucket), "file": example.path.name}
             writer.add(cached.latents, stored, {**told, "domain": example.domain})
+
+
+def _encode(item: Item, models: Models, budget_bytes: int) -> dict[str, Tensor]:
+    """All latents of a sample, (C, T, h, w): `latents`, of an edit also `source`, of a clip also `first`.
+
+    `first` is the first frame encoded alone, as image to video is given it: the VAE's convolutions are causal, but
+    its group norms see the whole clip, so that within the clip the same frame has slightly other latents.
+    """
+    frames = frames_of(item)
+    latents = {"latents": encode_frames(models, frames, budget_bytes)[0]}
+    if item.example.kind == "clip":
+        latents["first"] = encode_frames(models, frames[:1], budget_bytes)[0]
+    if item.example.source is not None:
+        latents["source"] = encode_frames(models, source_of(item), budget_bytes)[0]
+    return latents
 
 
 def frames_of(item: Item) -> Tensor:
@@ -209,18 +274,19 @@ def _cut(frames: Tensor, item: Item) -> Tensor:
     return canvas.to_work(frames).clamp(0, 1)
 
 
+def _texts(items: Sequence[CachedItem]) -> dict[str, tuple[str, CachedItem]]:
+    """(caption, a sample it belongs to) of every text by its key, the empty ones too."""
+    captions = {cached.text: (cached.item.caption, cached) for cached in items}
+    return captions | {cached.empty: ("", cached) for cached in items}
+
+
 def _encode_texts(
-    items: Sequence[CachedItem], places: dict[str, Place], models: Models, folder: Path, on_item: OnItem | None
+    texts: Mapping[str, tuple[str, CachedItem]], models: Models, folder: Path, on_item: OnItem | None
 ) -> None:
-    wanted: dict[str, tuple[str, CachedItem]] = {}
-    for cached in items:
-        wanted[cached.text] = (cached.item.caption, cached)
-        wanted[cached.empty] = ("", cached)
-    missing = {key: value for key, value in wanted.items() if key not in places}
     with _Writers(folder).kept() as writers:
-        for number, (key, (caption, cached)) in enumerate(missing.items(), 1):
+        for number, (key, (caption, cached)) in enumerate(texts.items(), 1):
             if on_item is not None:
-                on_item(f"encoding caption {number} of {len(missing)}")
+                on_item(f"encoding caption {number} of {len(texts)}")
             text = encode_caption(models.text_encoder, caption, cached.item, models.variant.max_text_tokens)
             tensors = {"embeds": text.embeds[0].cpu(), "pooled": text.pooled[0].cpu()}
             writers.get("text", TEXTS).add(key, tensors, {"caption": caption})

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 LATENT_BYTES = 2
 TEXT_BYTES = 2
 CHARACTERS_PER_TOKEN = 4.0
+PIXELS_PER_TOKEN = 56
+"""Side of what Qwen sees as one token in a picture to edit, which it is shown at half size."""
 EFFICIENCY = 0.35
 """Share of the machine's matmul rate that encoding is taken to reach."""
 PROBE = 1024
@@ -35,6 +38,7 @@ class Cost:
     num_frames: int
     """Pixel frames to encode."""
     latent_bytes: int
+    """Exact, without the few bytes that a file adds to each sample."""
     text_bytes: int
     """About: four characters a token."""
     encode_flops: float
@@ -57,23 +61,44 @@ class Cost:
 
 def estimate(items: Sequence[Item], data: DataConfig, variant: Variant) -> Cost:
     """What caching the samples takes."""
-    frames = latents = texts = 0
-    pixels = 0
-    for item in items:
-        pictures = 2 if item.example.kind == "edit" else 1
-        height, width, num_frames = item.bucket
-        shape = VideoShape(1, num_frames, height, width).latent_shape(variant.vae)
-        frames += num_frames * pictures
-        pixels += height * width * num_frames * pictures
-        latents += pictures * LATENT_BYTES * shape.channels * shape.frames * shape.height * shape.width
-        if data.cache_text:
-            tokens = min(variant.max_text_tokens, 1 + len(item.caption) / CHARACTERS_PER_TOKEN)
-            texts += round(tokens * variant.dit.in_text_dim * TEXT_BYTES)
+    num_frames = sum(_num_frames(item) for item in items)
+    pixels = sum(item.bucket.height * item.bucket.width * _num_frames(item) for item in items)
     flops = pixels * encode_flops_per_pixel(variant.vae)
     return Cost(
-        num_frames=frames, latent_bytes=latents, text_bytes=texts, encode_flops=flops,
+        num_frames=num_frames, latent_bytes=latent_bytes(items, variant),
+        text_bytes=text_bytes(items, variant) if data.cache_text else 0, encode_flops=flops,
         seconds=round(flops / (EFFICIENCY * matmul_rate()), 1) if items else 0.0,
     )  # fmt: skip
+
+
+def latent_bytes(items: Iterable[Item], variant: Variant) -> int:
+    """Of all latents as they are stored."""
+    total = 0
+    for item in items:
+        height, width, num_frames = item.bucket
+        shape = VideoShape(1, num_frames, height, width).latent_shape(variant.vae)
+        total += LATENT_BYTES * shape.channels * shape.height * shape.width * (shape.frames + _is_more(item))
+    return total
+
+
+def _num_frames(item: Item) -> int:
+    """Pixel frames to encode."""
+    return item.bucket.num_frames + _is_more(item)
+
+
+def _is_more(item: Item) -> bool:
+    """One frame beside the sample's own: the first of a clip once more, or the picture before an edit."""
+    return item.example.kind in ("clip", "edit")
+
+
+def text_bytes(items: Iterable[Item], variant: Variant) -> int:
+    """About: of all captions' embeddings; an edit's also hold its picture, once with and once without the caption."""
+    tokens = 0.0
+    for item in items:
+        words = min(variant.max_text_tokens, 1 + len(item.caption) / CHARACTERS_PER_TOKEN)
+        seen = math.prod(side / PIXELS_PER_TOKEN for side in item.bucket[:2]) if item.example.kind == "edit" else 0.0
+        tokens += words + 2 * seen
+    return round(tokens * variant.dit.in_text_dim * TEXT_BYTES)
 
 
 def encode_flops_per_pixel(config: VAEConfig) -> float:

@@ -6,10 +6,12 @@ gives a batch (report section 6.1.2). Pictures are in batches of their own.
 
 from __future__ import annotations
 
+import math
 import random
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -19,11 +21,12 @@ from kandinsky5_core.config import Variant
 
 from ..config import DataConfig
 from ..objectives.flow_matching import Batch, hold_first
+from .buckets import batch_size
 from .cache import Cache, CachedItem
+from .scan import KIND_OF_TASK
 
-KIND_OF_TASK = {"t2v": "clip", "i2v": "clip", "t2i": "image", "i2i": "edit"}
-KEPT_SAMPLES = 256
-"""Samples that stay in memory after they were read."""
+KEPT_BYTES = 512 << 20
+"""Of samples that stay in memory after they were read."""
 
 EncodeText = Callable[[str, CachedItem], TextConditioning]
 """(caption, sample) -> its embeddings, where they are not cached."""
@@ -36,8 +39,8 @@ class _Stream:
     items: Sequence[int]
     """Numbers of the samples, repeated as an epoch shows them."""
     bucket_of: Sequence[object]
-    frames_of: Sequence[int]
-    budget: int
+    size_of: Sequence[int]
+    """Samples in a batch, by sample."""
     seed: str
 
     def __post_init__(self) -> None:
@@ -58,9 +61,8 @@ class _Stream:
         for index in order:
             queue = self._queues.setdefault(self.bucket_of[index], deque())
             queue.append(index)
-            size = max(1, self.budget // self.frames_of[index])
-            if len(queue) >= size:
-                self._batches.append([queue.popleft() for _ in range(size)])
+            if len(queue) >= self.size_of[index]:
+                self._batches.append([queue.popleft() for _ in range(self.size_of[index])])
 
 
 @dataclass
@@ -81,8 +83,10 @@ class Batches:
         self.items = self.items or self.cache.items
         ratio = self.variant.vae.temporal_ratio
         buckets = [item.item.bucket for item in self.items]
-        frames = [bucket.latent_frames(ratio) for bucket in buckets]
-        budget = self.data.frame_budget or max(frames)
+        longest = max((item.item.bucket.latent_frames(ratio) for item in self.cache.items), default=1)
+        sizes = [
+            batch_size(item.item.bucket, item.item.example.kind, longest, self.data, ratio) for item in self.items
+        ]
         kinds = sorted({KIND_OF_TASK[task] for task in self.cache.tasks})
         self._streams: dict[str, _Stream] = {}
         for kind in kinds:
@@ -90,9 +94,8 @@ class Batches:
                 index for index, item in enumerate(self.items) if item.item.example.kind == kind
                 for _ in range(item.item.example.repeats)
             ]  # fmt: skip
-            own = self.data.image_batch if kind != "clip" and self.data.image_batch else budget
             if numbers:
-                self._streams[kind] = _Stream(numbers, buckets, frames, own, f"{self.data.seed}-{kind}")
+                self._streams[kind] = _Stream(numbers, buckets, sizes, f"{self.data.seed}-{kind}")
         if not self._streams:
             raise ValueError("no sample for any of the tasks")
         self._shares = {
@@ -102,6 +105,7 @@ class Batches:
         self._choices: list[tuple[str, int]] = []
         self._counts = dict.fromkeys(self._streams, 0)
         self._read: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
+        self._kept_bytes = 0
 
     def __call__(self, index: int, generator: torch.Generator) -> Batch:
         """Batch number `index`; dropout of captions and the choice of image to video come from the generator."""
@@ -112,24 +116,30 @@ class Batches:
         dropped = torch.rand(len(chosen), generator=generator) < self.data.caption_dropout
         given = torch.rand(len(chosen), generator=generator) < self._share_given(kind)
         text = joined([self._text(item, bool(drop)) for item, drop in zip(chosen, dropped, strict=True)])
-        image = hold_first(latents, given) if kind == "clip" and bool(given.any()) else None
+        image = None
+        if kind == "clip" and bool(given.any()):
+            # Inference encodes the given frame alone, so training holds what that gives.
+            firsts = torch.stack([part["first"].float() for part in parts])
+            image = hold_first(torch.cat([firsts, latents[:, :, 1:]], dim=2), given)
         if kind == "edit":
             source = torch.stack([part["source"].float() for part in parts])
             image = ImageConditioning(source=source, mask=torch.ones(len(chosen), 1, 1, 1, 1))
         return Batch(latents=latents, text=text, image=image)
 
     def holdout(self, share: float) -> tuple[Batches, Batches]:
-        """(to train on, held out): the samples of at least one file held out, chosen by the seed.
+        """(to train on, held out): of every kind the samples of that share of its files, chosen by the seed.
 
         Raises:
-            ValueError: one of the two would be empty.
+            ValueError: nothing would be held out.
         """
-        files = sorted({item.item.example.path for item in self.items})
-        random.Random(f"{self.data.seed}-holdout").shuffle(files)
-        count = max(1, round(share * len(files)))
-        if count >= len(files):
-            raise ValueError(f"validation.holdout {share} leaves none of {len(files)} files to train on")
-        out = set(files[:count])
+        out: set[Path] = set()
+        for kind in self._streams:
+            files = sorted({item.item.example.path for item in self.items if item.item.example.kind == kind})
+            random.Random(f"{self.data.seed}-holdout").shuffle(files)
+            # At least one, and never the last: without it the kind's tasks could not be trained.
+            out.update(files[: min(max(1, round(share * len(files))), len(files) - 1)])
+        if not out:
+            raise ValueError(f"validation.holdout {share} needs at least two files of a kind; there is one")
         kept = [item for item in self.items if item.item.example.path not in out]
         held = [item for item in self.items if item.item.example.path in out]
         return replace(self, items=kept), replace(self, items=held)
@@ -138,8 +148,8 @@ class Batches:
         """For the log."""
         parts = []
         for kind, stream in self._streams.items():
-            batches = sum(stream.frames_of[index] for index in stream.items) / stream.budget
-            parts.append(f"{len(stream.items)} {kind} samples an epoch in about {max(1, round(batches))} batches")
+            batches = sum(1 / stream.size_of[index] for index in stream.items)
+            parts.append(f"{len(stream.items)} {kind} samples an epoch in about {math.ceil(batches)} batches")
         tasks = ", ".join(f"{task} {share:.2f}" for task, share in self.cache.tasks.items())
         return f"{'; '.join(parts)}; tasks {tasks}"
 
@@ -165,9 +175,15 @@ class Batches:
         return self.cache.text(item.empty if dropped else item.text)
 
     def _tensors(self, key: str) -> dict[str, Tensor]:
-        if key not in self._read:
-            self._read[key] = self.cache.tensors(key)
-            if len(self._read) > KEPT_SAMPLES:
-                self._read.popitem(last=False)
-        self._read.move_to_end(key)
-        return self._read[key]
+        if key in self._read:
+            self._read.move_to_end(key)
+            return self._read[key]
+        sample = self._read[key] = self.cache.tensors(key)
+        self._kept_bytes += _bytes(sample)
+        while self._kept_bytes > KEPT_BYTES and len(self._read) > 1:
+            self._kept_bytes -= _bytes(self._read.popitem(last=False)[1])
+        return sample
+
+
+def _bytes(sample: dict[str, Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in sample.values())

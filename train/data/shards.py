@@ -11,7 +11,9 @@ import json
 import os
 import shutil
 import tarfile
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from ..config import LOW_AREA, MEDIUM_AREA
+from ..jobs import try_lock, unlock
 
 TENSORS, METADATA = ".safetensors", ".json"
 SAMPLES = {
@@ -27,13 +30,33 @@ SAMPLES = {
     ("clip", "low"): 16, ("clip", "medium"): 4, ("clip", "high"): 1,
 }  # fmt: skip
 """In one shard (report section 6.1.1)."""
-TEXTS = 256
-"""Captions in one shard; the report encodes them while training."""
+TEXTS = 64
+"""Captions in one shard, which wait in memory; the report encodes them while training."""
+LOCK = "lock"
+WAIT_SECONDS = 0.5
 
 
 def resolution_class(area: int) -> str:
     """'low', 'medium' or 'high' of the pixels of a frame."""
     return "low" if area <= LOW_AREA else "medium" if area <= MEDIUM_AREA else "high"
+
+
+@contextmanager
+def locked(folder: Path, on_wait: Callable[[str], None] | None = None) -> Iterator[None]:
+    """Be the only one who writes to a cache.
+
+    Args:
+        on_wait: Called while another process writes; may raise to give up.
+    """
+    with (folder / LOCK).open("a+b") as file:
+        while not try_lock(file):
+            if on_wait is not None:
+                on_wait(f"waiting for another job that fills {folder}")
+            time.sleep(WAIT_SECONDS)
+        try:
+            yield
+        finally:
+            unlock(file)
 
 
 @dataclass
@@ -83,6 +106,7 @@ class ShardWriter:
         except OSError as error:
             aside.unlink(missing_ok=True)
             needed, free = sum(len(data) for _, data, _ in self._waiting), shutil.disk_usage(self.folder).free
+            self._waiting.clear()
             raise OSError(
                 f"{path} could not be written ({needed / 1e6:.0f} MB; {free / 1e6:.0f} MB free on its disk): {error}"
             ) from error
@@ -108,16 +132,20 @@ class Place:
     size: int
 
 
-def index_shards(folder: Path) -> dict[str, Place]:
+def index_shards(folder: Path, known: Mapping[str, Place] | None = None) -> dict[str, Place]:
     """Every sample of a folder's shards by key; leftovers of a crash are removed, damaged shards named.
+
+    Args:
+        known: What an earlier look found: its shards are not opened again.
 
     Raises:
         ValueError: a shard is damaged.
     """
-    found: dict[str, Place] = {}
+    found = dict(known or {})
+    opened = {place.path for place in found.values()}
     for leftover in folder.glob("*.partial"):
         leftover.unlink()
-    for path in sorted(folder.glob("*.tar")):
+    for path in sorted(set(folder.glob("*.tar")) - opened):
         try:
             with tarfile.open(path) as tar:
                 for member in tar.getmembers():
