@@ -88,11 +88,29 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch", type=int, default=1, help="results, with consecutive seeds and numbered files")
     parser.add_argument("--attention", default="auto", help="auto, dense or nabla (default auto: as trained)")
+    _add_cache(parser).add_argument(
+        "--calibrate-cache", nargs="?", const="", metavar="FILE",
+        help="make this result without a cache, measure the model's ratios in it and save them in FILE, by default "
+        "beside the model, where they are found from then on",
+    )  # fmt: skip
     parser.add_argument("--enhance", action="store_true", help="let the text encoder write out the prompt first")
     parser.add_argument("--vae-budget", type=float, default=4.0, help="GiB that one VAE tile may take (default 4)")
     parser.add_argument("--out", type=Path, required=True, help=".mp4, .webm, .gif or .png")
     parser.add_argument("--json", action="store_true", help="print one JSON object about the result")
     parser.set_defaults(run=_generate)
+
+
+def _add_cache(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    cache = parser.add_argument_group("step cache")
+    cache.add_argument("--cache", default="off", help="magcache skips steps that change little (default off)")
+    cache.add_argument("--cache-threshold", type=float, default=0.12, metavar="X",
+                       help="error that skipped steps may add up to; 0 skips none (default 0.12)")  # fmt: skip
+    cache.add_argument("--cache-max-skip", type=int, default=2, metavar="K", help="skipped in a row (default 2)")
+    cache.add_argument("--cache-retain", type=float, default=0.2, metavar="R",
+                       help="share of the run, from its beginning, that is computed (default 0.2)")  # fmt: skip
+    cache.add_argument("--cache-ratios", type=Path, metavar="FILE",
+                       help="measured ratios; default those beside the model, else the released ones")  # fmt: skip
+    return cache
 
 
 def _add_given(parser: argparse.ArgumentParser) -> None:
@@ -145,6 +163,7 @@ def _add_score(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--task", default="t2v", help="t2v, i2v, keyframes, extend, loop, t2i, i2i or inpaint")
     parser.add_argument("--model", choices=[name for name in VARIANTS if name.startswith("nano-")], metavar="NAME",
                         help="nano-video, nano-image or nano-edit; default the one made for the task")  # fmt: skip
+    _add_cache(parser)
     parser.add_argument("--json", action="store_true")
     parser.set_defaults(run=_score)
 
@@ -182,11 +201,15 @@ def _add_lora(commands: argparse._SubParsersAction) -> None:
 
 
 def _add_soup(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("soup", help="average fine-tunes, or LoRAs, of one base")
+    parser = commands.add_parser("soup", help="average fine-tunes, or LoRAs, of one base, in one level or more")
     parser.add_argument("target", type=Path)
-    parser.add_argument("parts", nargs="+", metavar="FILE[=SAMPLES]",
+    parser.add_argument("parts", nargs="*", metavar="FILE[=SAMPLES]",
                         help="fine-tunes, each with its domain's samples for --weighting size or sqrt")  # fmt: skip
-    parser.add_argument("--weighting", choices=("equal", "size", "sqrt"), default="equal")
+    parser.add_argument("--tree", type=Path, metavar="FOLDER", help="<domain>/<subdomain>.safetensors: two levels")
+    parser.add_argument("--recipe", type=Path, metavar="FILE", help="JSON of any levels: parts, weighting, file, size")
+    parser.add_argument("--weighting", choices=("equal", "size", "sqrt"), help="of the domains (default equal)")
+    parser.add_argument("--within", choices=("equal", "size", "sqrt"), help="of the subdomains (default sqrt)")
+    parser.add_argument("--rank", type=int, help="of a soup of LoRAs (default the sum of theirs, which is exact)")
     parser.add_argument("--json", action="store_true")
     parser.set_defaults(run=_soup)
 
@@ -229,9 +252,11 @@ def _convert(args: argparse.Namespace) -> None:
 
 
 def _score(args: argparse.Namespace) -> None:
+    from .commands import cache_options
     from .nano.score import score_nano
 
-    _say(args, score_nano(count=args.n, seed=args.seed, task=args.task, models=args.model))
+    options = {} if args.cache == "off" else cache_options(args)
+    _say(args, score_nano(count=args.n, seed=args.seed, task=args.task, models=args.model, options=options))
 
 
 def _say(args: argparse.Namespace, values: dict[str, object]) -> None:

@@ -14,18 +14,21 @@ from pathlib import Path
 from torch import Tensor
 from tqdm import tqdm
 
-from .loading import DTYPES, check_device, find_files, load_files
+from .loading import DTYPES, ModelFiles, check_device, find_files, load_files
 from .media import check_output, read_image, read_video, write_image, write_video
 from .memory.peak import peak_memory_bytes
-from .pipeline import Result, fitting_variant, generate
+from .pipeline import Models, Result, fitting_variant, generate
 from .request import NO_OUTPAINT, Request, resolve
+from .sampling.cache_calibration import Calibration, check_calibration
 from .sampling.samplers import OnStep
 from .text.encoder import TextEncoder
 from .text.enhancer import enhance
 from .weights import lora_tools
+from .weights.cache_ratios import check_writable, find_ratios, ratios_path, write_ratios
 from .weights.convert import convert
 from .weights.detect import inspect_file
-from .weights.soup import Part, soup
+from .weights.soup import Part
+from .weights.soup_tree import Group, check_outside, group_of_folder, nested_soup, read_recipe
 
 SNAP = 16 / 255
 """Mask values this near to black or white are that."""
@@ -42,6 +45,9 @@ def generate_command(args: argparse.Namespace) -> dict[str, object]:
     if not files.variant_named:
         files = replace(files, variant=fitting_variant(request, files.variant))
     request = resolve(request, files.variant)
+    if request.cache_ratios is not None:
+        find_ratios(files.variant, files.dit, request.cache_ratios)
+    calibrated = None if args.calibrate_cache is None else calibration_path(args.calibrate_cache, files, request)
     paths = output_paths(args.out, request.batch)
     for path in paths:
         check_output(path, request.num_frames, height=request.height, width=request.width)
@@ -51,8 +57,11 @@ def generate_command(args: argparse.Namespace) -> dict[str, object]:
     load_seconds = round(time.perf_counter() - began, 3)
     if args.enhance:
         request = enhanced(models.text_encoder, request)
+    calibration = Calibration(request.shift) if calibrated is not None else None
     with step_bar() as on_step:
-        result = generate(models, request, on_step)
+        result = generate(models, request, on_step, calibration.start if calibration else None)
+    if calibration is not None:
+        save_calibration(calibrated, calibration, models, request)
     for row, path in enumerate(paths):
         write_result(path, result, models.model_hash, row)
     return {
@@ -62,7 +71,28 @@ def generate_command(args: argparse.Namespace) -> dict[str, object]:
         "peak_memory_bytes": peak_memory_bytes(models.device),
         "model_hash": models.model_hash,
         "settings": result.settings,
+        **({"cache": result.cache} if result.cache else {}),
+        **({"calibrated": str(calibrated)} if calibrated else {}),
     }
+
+
+def calibration_path(named: str, files: ModelFiles, request: Request) -> Path:
+    """Where the ratios of this run will be saved; raises ValueError where it cannot measure or not write there."""
+    if request.cache != "off":
+        raise ValueError(f"--calibrate-cache measures a whole run; use it without --cache {request.cache}")
+    check_calibration(files.variant, num_steps=request.num_steps, denoise=request.denoise, sampler=request.sampler)
+    path = Path(named) if named else ratios_path(files.dit)
+    check_writable(path)
+    return path
+
+
+def save_calibration(path: Path, calibration: Calibration, models: Models, request: Request) -> None:
+    """The ratios of the runs, with what they were measured on."""
+    variant = fitting_variant(request, models.variant) if not models.variant_named else models.variant
+    write_ratios(
+        path, calibration.ratios(variant), models.weights, model_hash=models.model_hash, task=request.task,
+        guidance_scale=request.guidance_scale,
+    )  # fmt: skip
 
 
 def check_even(path: Path, request: Request) -> None:
@@ -113,8 +143,15 @@ def request_of(args: argparse.Namespace, task: str) -> Request:
         seed=args.seed,
         batch=args.batch,
         attention=args.attention,
+        **cache_options(args),
         vae_budget_bytes=int(args.vae_budget * 2**30),
     )
+
+
+def cache_options(args: argparse.Namespace) -> dict[str, object]:
+    """Fields of `Request` for the step cache."""
+    names = ("cache", "cache_threshold", "cache_max_skip", "cache_retain", "cache_ratios")
+    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
 
 
 def output_paths(path: Path, count: int) -> list[Path]:
@@ -206,11 +243,13 @@ def lora_command(args: argparse.Namespace) -> dict[str, object]:
     """`kandinsky5 lora TOOL`."""
     if args.tool == "info":
         return lora_tools.lora_info(args.lora)
-    if args.tool == "convert":
-        return lora_tools.convert_lora(args.lora, args.target, layout=args.layout)
-    if args.tool == "resize":
-        return lora_tools.resize_lora(args.lora, args.target, rank=args.rank, layout=args.layout)
     with tensor_bar(args.target.name) as on_tensor:
+        if args.tool == "convert":
+            return lora_tools.convert_lora(args.lora, args.target, layout=args.layout, on_tensor=on_tensor)
+        if args.tool == "resize":
+            return lora_tools.resize_lora(
+                args.lora, args.target, rank=args.rank, layout=args.layout, on_tensor=on_tensor
+            )
         if args.tool == "merge":
             return lora_tools.merge_lora(
                 args.base, args.lora, args.target, strength=args.strength, on_tensor=on_tensor
@@ -223,18 +262,39 @@ def lora_command(args: argparse.Namespace) -> dict[str, object]:
 
 def soup_command(args: argparse.Namespace) -> dict[str, object]:
     """`kandinsky5 soup`: the share of each part."""
-    parts = [_part(text, args.weighting) for text in args.parts]
+    group = soup_group(args)
     with tensor_bar(args.target.name) as on_tensor:
-        shares = soup(parts, args.target, weighting=args.weighting, on_tensor=on_tensor)
-    return {**shares, "target": str(args.target)}
+        made = nested_soup(group, args.target, rank=args.rank, on_tensor=on_tensor)
+    told = {"rank": made.rank, "kept": made.kept} if made.kind == "lora" else {}
+    size = {} if made.size is None else {"samples": made.size}
+    return {**made.shares, **told, **size, "target": str(args.target)}
 
 
-def _part(text: str, weighting: str) -> Part:
+def soup_group(args: argparse.Namespace) -> Group:
+    """What the options name: files, a folder of domains, or a recipe.
+
+    Raises:
+        ValueError: none of them, or several.
+    """
+    if sum(map(bool, (args.parts, args.tree, args.recipe))) != 1:
+        raise ValueError("give the parts as FILE[=SAMPLES] ..., or --tree FOLDER, or --recipe FILE")
+    if args.recipe:
+        if args.weighting or args.within:
+            raise ValueError("a recipe gives its own weightings; leave out --weighting and --within")
+        return read_recipe(args.recipe)
+    if args.tree:
+        check_outside(args.target, args.tree)
+        return group_of_folder(args.tree, weighting=args.weighting or "equal", within=args.within or "sqrt")
+    if args.within:
+        raise ValueError("--within is for the subdomains of --tree FOLDER")
+    parts = tuple(_part(text) for text in args.parts)
+    return Group(name="soup", parts=parts, weighting=args.weighting or "equal")
+
+
+def _part(text: str) -> Part:
     path, equals, size = text.rpartition("=")
-    if not equals:
-        path, size = text, "1"
-        if weighting != "equal":
-            raise ValueError(f"--weighting {weighting} needs the samples of each part: {text}=SAMPLES")
+    if not equals or Path(text).exists():
+        return Part.of(Path(text))
     try:
         return Part(path=Path(path), size=float(size))
     except ValueError as error:

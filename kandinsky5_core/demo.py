@@ -5,12 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image, ImageDraw
 from torch import Tensor
 
-from .canvas import resize
 from .commands import output_paths, step_bar, write_result
 from .loading import load
 from .media import check_output, write_image
@@ -19,12 +16,7 @@ from .nano.language import parse
 from .nano.recognise import Sighting, recognise
 from .pipeline import Models, Result, generate
 from .request import Request
-
-SHEET_COLUMNS = 5
-CELL = 128
-"""Side of one picture on the sheet, in pixels."""
-LABEL = 18
-"""Height of a line of text on it."""
+from .sheet import SHEET_COLUMNS, contact_sheet, spread
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +48,8 @@ def demo_command(folder: Path) -> dict[str, object]:
         seen = "; ".join(said(recognise(frames)) for frames in result.frames)
         values[f"{number:02d} {piece.name}"] = f"{piece.request.prompt} -> {seen}"
         frames = result.frames[0] if len(result.frames) == 1 else result.frames[:, 0]
-        rows.append((f"{piece.name}: {piece.request.prompt}", [*piece.given, *spread(frames, len(piece.given))]))
+        shown = [*piece.given, *spread(frames, SHEET_COLUMNS - len(piece.given))]
+        rows.append((f"{piece.name}: {piece.request.prompt}", shown))
     sheet = folder / "contact-sheet.png"
     write_image(sheet, contact_sheet(rows), {})
     return {**values, "contact sheet": str(sheet), "results": str(folder.resolve())}
@@ -144,23 +137,3 @@ def said(sighting: Sighting) -> str:
     if sighting.is_empty:
         return f"nothing on {sighting.background}"
     return f"{sighting.color} {sighting.shape}, {sighting.motion}, on {sighting.background}"
-
-
-def spread(frames: Tensor, taken: int) -> list[Tensor]:
-    """Frames evenly over the clip, as many as fit into the row."""
-    count = min(SHEET_COLUMNS - taken, len(frames))
-    return list(frames[torch.linspace(0, len(frames) - 1, count).round().long()])
-
-
-def contact_sheet(rows: list[tuple[str, list[Tensor]]]) -> Tensor:
-    """(H, W, 3) in [0, 1]: for each row a line of text and its pictures (h, w, 3), as high as `CELL`."""
-    sheet = Image.new("RGB", (SHEET_COLUMNS * CELL * 3 // 2, len(rows) * (CELL + LABEL)), "white")
-    for number, (label, pictures) in enumerate(rows):
-        top, left = number * (CELL + LABEL), 0
-        ImageDraw.Draw(sheet).text((4, top + 3), label, fill="black")
-        for picture in pictures:
-            width = CELL * picture.shape[1] // picture.shape[0]
-            cell = resize(picture[None].float(), (CELL, width))[0]
-            sheet.paste(Image.fromarray((cell * 255).round().byte().numpy()), (left, top + LABEL))
-            left += width + 4
-    return torch.from_numpy(np.asarray(sheet).copy()).float() / 255

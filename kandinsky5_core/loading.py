@@ -117,7 +117,7 @@ def load_files(
     return Models(
         variant=files.variant, dit=load_dit_of(files, weights_dtype), vae=load_vae_of(files, weights_dtype),
         text_encoder=load_text_of(files, weights_dtype, lm_head=lm_head), device=device, dtype=weights_dtype,
-        model_hash=model_hash(files.dit, want="dit"), variant_named=files.variant_named,
+        model_hash=model_hash(files.dit, want="dit"), variant_named=files.variant_named, weights=files.dit,
     )  # fmt: skip
 
 

@@ -11,11 +11,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from .attention.nabla import resolve_attention
+from .caching import choose_cache
 from .canvas import extend_edges
 from .clips import extended, looped
 from .conditioning import TextConditioning
@@ -28,6 +30,7 @@ from .sampling.guidance import GUIDANCE_OFF, guided_velocity, hold_given
 from .sampling.noise import initial_noise
 from .sampling.samplers import SAMPLERS, OnStep
 from .sampling.schedule import flow_schedule
+from .sampling.step_cache import NewCache
 from .shapes import LatentShape, VideoShape
 from .text.encoder import TextEncoder
 from .vae.flux import FluxVAE
@@ -52,6 +55,8 @@ class Models:
     """False: `variant` is a guess among rows of one checkpoint, and the size asked for decides."""
     model_hash: str = ""
     """Short content hash of the DiT's file."""
+    weights: Path | None = None
+    """The DiT's file or folder; calibrated cache ratios lie beside it."""
 
     @contextmanager
     def on_device(self, model: nn.Module | TextEncoder) -> Iterator[None]:
@@ -74,6 +79,8 @@ class Result:
     """Every value that was used."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Wall time by stage."""
+    cache: dict[str, object] = field(default_factory=dict)
+    """What a step cache skipped, or why it was off; empty where none was asked for."""
 
 
 def fitting_variant(request: Request, variant: Variant) -> Variant:
@@ -87,13 +94,16 @@ def fitting_variant(request: Request, variant: Variant) -> Variant:
 
 
 @torch.no_grad()
-def generate(models: Models, request: Request, on_step: OnStep | None = None) -> Result:
+def generate(
+    models: Models, request: Request, on_step: OnStep | None = None, new_cache: NewCache | None = None
+) -> Result:
     """Make frames from a prompt, and from what else the request gives.
 
     Args:
         models: From `load`.
         request: What to make.
         on_step: Called after each sampling step with (step, steps, latents); raise in it to cancel.
+        new_cache: Makes the step cache of each run, a `Calibration.start` say; default as the request says.
 
     Raises:
         ValueError: the request does not fit the variant, before any work.
@@ -102,9 +112,15 @@ def generate(models: Models, request: Request, on_step: OnStep | None = None) ->
         models = replace(models, variant=fitting_variant(request, models.variant))
     request = resolve(request, models.variant)
     clock = Clock()
+    chosen = choose_cache(request, models.variant, models.weights)
+    if chosen is not None and chosen.off is not None:
+        log.warning("the step cache is off: %s", chosen.off)
+        request, new_cache = replace(request, cache="off"), None
+    elif chosen is not None:
+        new_cache = new_cache or chosen.start
 
     def make(part: Request) -> Tensor:
-        return run(models, part, clock, on_step)
+        return run(models, part, clock, on_step, new_cache)
 
     if request.extend is not None:
         frames = extended(request, make)
@@ -112,10 +128,15 @@ def generate(models: Models, request: Request, on_step: OnStep | None = None) ->
         frames = looped(request, models.variant.vae.temporal_ratio, make)
     else:
         frames = make(request)
-    return Result(frames=frames, settings=settings(request, models.variant), seconds=clock.seconds)
+    return Result(
+        frames=frames, settings=settings(request, models.variant), seconds=clock.seconds,
+        cache={} if chosen is None else chosen.told(),
+    )  # fmt: skip
 
 
-def run(models: Models, request: Request, clock: Clock, on_step: OnStep | None = None) -> Tensor:
+def run(
+    models: Models, request: Request, clock: Clock, on_step: OnStep | None = None, new_cache: NewCache | None = None
+) -> Tensor:
     """One resolved request from prompt to frames (B, F, H, W, 3) fp32 in [0, 1] on the CPU."""
     shape = VideoShape(request.batch, request.num_frames, request.height, request.width)
     latent_shape = shape.latent_shape(models.variant.vae)
@@ -126,7 +147,7 @@ def run(models: Models, request: Request, clock: Clock, on_step: OnStep | None =
         with clock.stage("vae_encode"), models.on_device(models.vae):
             inputs = encode_inputs(models, request, latent_shape)
     with clock.stage("dit"), models.on_device(models.dit):
-        latents = sample_latents(models, request, latent_shape, positive, negative, inputs, on_step)
+        latents = sample_latents(models, request, latent_shape, positive, negative, inputs, on_step, new_cache)
     with clock.stage("vae_decode"), models.on_device(models.vae):
         return inputs.finish(decode_frames(models, latents, request.vae_budget_bytes))
 
@@ -161,15 +182,21 @@ def shown_image(request: Request) -> Tensor:
 def sample_latents(
     models: Models, request: Request, latent_shape: LatentShape, positive: TextConditioning,
     negative: TextConditioning | None, inputs: Inputs | None = None, on_step: OnStep | None = None,
+    new_cache: NewCache | None = None,
 ) -> Tensor:  # fmt: skip
-    """Scaled latents (B, C, T, h, w) fp32 from noise, or from what is given with noise on it."""
+    """Scaled latents (B, C, T, h, w) fp32 from noise, or from what is given with noise on it.
+
+    `new_cache` makes the step cache of this run; without it every step is computed.
+    """
     inputs, variant = inputs or Inputs(), models.variant
     nabla = resolve_attention(request.attention, variant.nabla)
     grid = latent_shape.token_grid(variant.dit.patch_size)
     plan = plan_visual(variant.dit, grid, variant.rope_scale, nabla, models.device)
-    velocity_fn = guided_velocity(models.dit, positive, negative, request.guidance_scale, plan, inputs.image)
     noise = latents = initial_noise(latent_shape, request.seed).to(models.device)
-    sigmas = flow_schedule(request.num_steps, request.shift, request.denoise).to(models.device)
+    sigmas = flow_schedule(request.num_steps, request.shift, request.denoise)
+    cache = None if new_cache is None else new_cache(sigmas.tolist())
+    sigmas = sigmas.to(models.device)
+    velocity_fn = guided_velocity(models.dit, positive, negative, request.guidance_scale, plan, inputs.image, cache)
     if inputs.partial is not None:
         velocity_fn = inputs.partial.restrict(velocity_fn, noise, request.shift)
         latents = inputs.partial.start(noise, sigmas[0])

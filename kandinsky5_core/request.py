@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from .config import Variant
 from .masks import check_mask, grow
 from .sampling.samplers import SAMPLERS
 from .sampling.schedule import flow_schedule
+from .sampling.step_cache import CACHES, MagSettings
 from .shapes import VideoShape, nearest_resolution, size_from_image
 from .text.templates import EDIT_TEMPLATES
 from .vae.tiling import DEFAULT_BUDGET_BYTES
@@ -80,8 +82,20 @@ class Request:
     batch: int = 1
     """Results from one prompt with consecutive seeds."""
     attention: str = "auto"
+    cache: str = "off"
+    """'magcache' skips steps that change little (`sampling.step_cache`); 'off' computes all."""
+    cache_threshold: float = MagSettings.threshold
+    cache_max_skip: int = MagSettings.max_skip
+    cache_retain: float = MagSettings.retain
+    """As in `MagSettings`."""
+    cache_ratios: Path | None = None
+    """File of measured ratios; None: the one beside the model, else the released ones."""
     vae_budget_bytes: int = DEFAULT_BUDGET_BYTES
     """Memory that one VAE tile may take; decides the tiling, and with it the result."""
+
+    def cache_settings(self) -> MagSettings:
+        """How much the step cache may skip; raises ValueError where a number is out of range."""
+        return MagSettings(threshold=self.cache_threshold, max_skip=self.cache_max_skip, retain=self.cache_retain)
 
     @property
     def is_partial(self) -> bool:
@@ -175,13 +189,16 @@ def keyframe_positions(keyframes: Mapping[int, Tensor], num_frames: int, group: 
 def settings(request: Request, variant: Variant) -> dict[str, object]:
     """What a resolved request came to, as plain JSON values; of pictures and masks only that they were there."""
     values: dict[str, object] = {}
+    always = _ALWAYS if request.cache == "off" else (*_ALWAYS, *_CACHE)
     for entry in dataclasses.fields(request):
         value = getattr(request, entry.name)
         if isinstance(value, Tensor):
             value = list(value.shape)
         elif entry.name == "keyframes":
             value = list(value)
-        if (value != entry.default and value not in ([], None)) or entry.name in _ALWAYS:
+        elif isinstance(value, Path):
+            value = str(value)
+        if (value != entry.default and value not in ([], None)) or entry.name in always:
             values[entry.name] = list(value) if isinstance(value, tuple) else value
     nabla = resolve_attention(request.attention, variant.nabla)
     used = {"attention": "dense" if nabla is None else f"nabla mass={nabla.mass} window={list(nabla.window)}"}
@@ -193,6 +210,7 @@ _ALWAYS = (
     "prompt", "task", "negative_prompt", "width", "height", "num_frames", "num_steps", "guidance_scale", "shift",
     "sampler", "seed", "batch", "attention", "vae_budget_bytes",
 )  # fmt: skip
+_CACHE = ("cache_threshold", "cache_max_skip", "cache_retain")
 _SHAPES = {3: "(H, W, 3)", 4: "(F, H, W, 3)"}
 
 
@@ -204,7 +222,7 @@ def _check_options(request: Request, variant: Variant) -> None:
     for name, value, known in (
         ("task", request.task, variant.tasks), ("sampler", request.sampler, tuple(SAMPLERS)),
         ("attention", request.attention, ATTENTIONS), ("fit", request.fit, (None, *FITS)),
-        ("edit_template", request.edit_template, tuple(EDIT_TEMPLATES)),
+        ("edit_template", request.edit_template, tuple(EDIT_TEMPLATES)), ("cache", request.cache, CACHES),
     ):  # fmt: skip
         if value not in known:
             what = f"{name} '{value}'" + (f" with {variant.name}" if name == "task" else "")
@@ -223,6 +241,7 @@ def _check_options(request: Request, variant: Variant) -> None:
         raise ValueError(f"overlap {request.overlap} is not of the form 4k+1; use 1, 5 or 9")
     if request.loop and "i2v" not in variant.tasks:
         raise ValueError(f"a loop holds its first and last frame, which {variant.name} cannot; use an i2v checkpoint")
+    request.cache_settings()
     if request.chunks < 1:
         raise ValueError(f"chunks {request.chunks} must be at least 1")
 

@@ -16,7 +16,13 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "sample": ("K5Sample", "K5Schedule", "K5Shift"),
     "decode": ("K5DecodeVideo",),
     "optimize": ("K5Attention",),
+    "step_cache": ("K5StepCache",),
     "lora": ("K5LoadLora",),
+    "lora_tools": ("K5MergeLora", "K5ExtractLora", "K5ResizeLora", "K5ConvertLora", "K5LoraInfo"),
+    "soup": ("K5Soup", "K5SoupFolder"),
+    "sheet": ("K5ContactSheet",),
+    "train": ("K5TrainingData", "K5CacheData", "K5TrainingSettings", "K5StartTraining"),
+    "jobs": ("K5WaitForTraining", "K5TrainingStatus", "K5LoadTrained"),
     "nano": ("K5NanoPicture",),
 }
 """Module to the nodes in it."""
@@ -35,6 +41,16 @@ def load_nodes() -> list[type]:
     return found
 
 
+def serve_panel() -> None:
+    """The routes behind the side panel of jobs; without them the nodes work all the same."""
+    try:
+        from .bridge.routes import serve_jobs
+    except ImportError as error:
+        log.warning("Kandinsky 5: the jobs panel is off: %s; %s", error, _advice(error))
+        return
+    serve_jobs()
+
+
 def _advice(error: ImportError) -> str:
     return f"install it with: pip install {error.name}" if error.name else "reinstall the pack's requirements.txt"
 
@@ -48,6 +64,7 @@ def make_extension() -> object:
     class Kandinsky5Extension(ComfyExtension):
         async def on_load(self) -> None:
             serve_help(Path(__file__).parents[1])
+            serve_panel()
 
         async def get_node_list(self) -> list[type]:
             return load_nodes()

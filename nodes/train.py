@@ -27,10 +27,10 @@ from .bridge.jobs import (
     jobs,
     keep_image,
     model_files,
-    model_folder,
     start,
     wait,
 )  # fmt: skip
+from .bridge.results import model_root
 
 CATEGORY = "Kandinsky 5/train"
 DATA, SETTINGS = io.Custom("K5_DATA"), io.Custom("K5_TRAINING")
@@ -396,7 +396,7 @@ class K5StartTraining(io.ComfyNode):
         samples = tuple(SampleConfig(prompt=prompt, image=picture, seed=row) for row, prompt in enumerate(prompts))
         config = JobConfig(
             name=check_name(name), data=cached(data), validation=ValidationConfig(every=sample_every, samples=samples),
-            output_folder=str(model_folder("loras" if settings["lora"] else "diffusion_models")),
+            output_folder=str(model_root("loras" if settings["lora"] else "diffusion_models")),
             **_files(model_name, parts), **settings,
         )  # fmt: skip
         job = start(config, again=if_done_before != "continue")

@@ -6,6 +6,8 @@ nothing of devices, offloading, compilation or checkpointing: those are applied 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from types import ModuleType
 
 import torch
@@ -17,6 +19,11 @@ from .blocks import TextBlock, VisualBlock
 from .embeddings import OutLayer, TextEmbeddings, TimeEmbeddings, VisualEmbeddings
 from .plan import VisualPlan
 from .rope import rope_table, text_angles
+
+VisualBlocks = Callable[[Tensor, Tensor, Tensor, VisualPlan, Tensor | None], Tensor]
+"""(tokens, text, time_embed, plan, text_mask) -> tokens; `DiffusionTransformer.visual_blocks`."""
+AroundBlocks = Callable[[VisualBlocks, Tensor, Tensor, Tensor, VisualPlan, Tensor | None], Tensor]
+"""Called with the visual blocks and what they would get; a step cache, say."""
 
 
 class DiffusionTransformer(nn.Module):
@@ -38,7 +45,10 @@ class DiffusionTransformer(nn.Module):
         )
         self.out_layer = OutLayer(dim, time_dim, config.out_visual_dim, config.patch_size, ops=ops)
 
-    def forward(self, latents: Tensor, timestep: Tensor, text: TextConditioning, plan: VisualPlan) -> Tensor:
+    def forward(
+        self, latents: Tensor, timestep: Tensor, text: TextConditioning, plan: VisualPlan,
+        around: AroundBlocks | None = None,
+    ) -> Tensor:  # fmt: skip
         """Predict the velocity.
 
         Args:
@@ -47,6 +57,7 @@ class DiffusionTransformer(nn.Module):
             timestep: (B,) 1000*sigma.
             text: Encoded captions of the batch; padded keys are masked.
             plan: Positions and attention for this size (`dit.plan.plan_visual`).
+            around: Called instead of the visual blocks, with them as its first argument.
 
         Returns:
             (B, out_visual_dim, T, H, W) in the dtype of `latents`.
@@ -57,7 +68,8 @@ class DiffusionTransformer(nn.Module):
         tokens = self.visual_embeddings(latents)
         if plan.nabla is not None:
             tokens = plan.nabla.reorder(tokens)
-        tokens = self.visual_blocks(tokens, text_tokens, time_embed, plan, text_mask)
+        blocks = self.visual_blocks if around is None else partial(around, self.visual_blocks)
+        tokens = blocks(tokens, text_tokens, time_embed, plan, text_mask)
         if plan.nabla is not None:
             tokens = plan.nabla.restore(tokens)
         return self.out_layer(tokens, time_embed, plan.grid).to(latents.dtype)
@@ -73,7 +85,7 @@ class DiffusionTransformer(nn.Module):
     def visual_blocks(
         self, tokens: Tensor, text: Tensor, time_embed: Tensor, plan: VisualPlan, text_mask: Tensor | None
     ) -> Tensor:
-        """The long part of the forward pass; a step cache replaces just this."""
+        """The long part of the forward pass; a step cache stands around just this."""
         for block in self.visual_transformer_blocks:
             tokens = block(tokens, text, time_embed, plan.rope, plan.attention, text_mask)
         return tokens

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .edits import Edit, apply, random_edit
-from .language import BACKGROUNDS, COLORS, DIRECTIONS, SHAPES, SIZES, Scene
+from .language import BACKGROUNDS, COLORS, DIRECTIONS, SHAPES, SIZES, TAUGHT_COLORS, Scene
 
 SUBSAMPLING = 3
 """Samples per pixel along each axis for the anti-aliased edge."""
@@ -22,7 +22,7 @@ SUBSAMPLING = 3
 RADIUS = {"small": (6.0, 7.5), "big": (10.0, 12.0)}
 """Half extent in pixels of a 64-pixel frame."""
 
-STAR_RADIUS, STAR_DEPTH = 1.6, 0.45
+STAR_RADIUS, STAR_DEPTH = 1.8, 0.45
 """Of a star, for teaching the models a new shape: its outer radius in radii, and its inner one as a share of that."""
 
 TRAVEL = (16.0, 26.0)
@@ -53,8 +53,8 @@ def random_trajectory(scene: Scene, rng: random.Random, size: tuple[int, int]) -
     """Where the shape runs so that it stays inside the frame; lengths go by the frame's shorter side."""
     unit = min(size) / 64
     radius = rng.uniform(*RADIUS[scene.size or rng.choice(SIZES)]) * unit
-    margin = radius + 1.0
-    travel = rng.uniform(*TRAVEL) * unit
+    margin = radius * (STAR_RADIUS if scene.shape == "star" else 1.0) + 1.0
+    travel = min(rng.uniform(*TRAVEL) * unit, min(size) - 2 * margin)
     delta_x = {"left": -travel, "right": travel}.get(scene.direction or "", 0.0)
     delta_y = {"up": -travel, "down": travel}.get(scene.direction or "", 0.0)
     start = tuple(
@@ -106,7 +106,7 @@ def draw(scene: Scene, trajectory: Trajectory, num_frames: int, size: tuple[int,
     y = rows[None, :, None] - centre_y[:, None, None]
     fine = _coverage(scene.shape, x, y, trajectory.radius)
     coverage = torch.nn.functional.avg_pool2d(fine[:, None], SUBSAMPLING)[:, 0, :, :, None]
-    color = torch.tensor(COLORS[scene.color]) / 255
+    color = torch.tensor({**COLORS, **TAUGHT_COLORS}[scene.color]) / 255
     background = torch.tensor(BACKGROUNDS[scene.background]) / 255
     return background + coverage * (color - background)
 

@@ -15,7 +15,11 @@ COLORS: dict[str, tuple[int, int, int]] = {
     "purple": (175, 70, 215),
     "white": (245, 245, 245),
 }
+TAUGHT_COLORS: dict[str, tuple[int, int, int]] = {"turquoise": (64, 224, 208)}
+"""Outside the language, for teaching the models a new colour."""
 SHAPES = ("circle", "square", "triangle")
+TAUGHT_SHAPES = ("star",)
+"""Outside the language, for teaching the models a new shape."""
 DIRECTIONS = ("left", "right", "up", "down")
 BACKGROUNDS: dict[str, tuple[int, int, int]] = {
     "black": (8, 8, 8),

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .drawing import STAR_DEPTH, STAR_RADIUS, Trajectory, draw
-from .language import BACKGROUNDS, COLORS, Scene
+from .language import BACKGROUNDS, COLORS, TAUGHT_COLORS, TAUGHT_SHAPES, Scene
 
 FOREGROUND = 0.25
 """RGB distance from the background, of sqrt(3), above which a pixel may belong to the shape."""
@@ -72,8 +72,12 @@ def recognise(frames: Tensor, *, taught: tuple[str, ...] = ()) -> Sighting:
     """What the clip shows.
 
     Args:
-        taught: Shapes beyond the language that may be there: 'star'.
+        taught: Shapes and colours beyond the language that may be there: 'star', 'turquoise'.
+
+    Raises:
+        ValueError: one of them cannot be recognised.
     """
+    colors, shapes = _taught(taught)
     frames = frames.float()
     background = _border(frames).median(dim=0).values
     background_name = _nearest(background, BACKGROUNDS)
@@ -91,8 +95,8 @@ def recognise(frames: Tensor, *, taught: tuple[str, ...] = ()) -> Sighting:
     path = _centres(coverage)
     extent = float(_areas(coverage > 0.5).median().sqrt())
     return Sighting(
-        color=_nearest(color, COLORS),
-        shape=_shape(coverage, path, taught),
+        color=_nearest(color, {**COLORS, **colors}),
+        shape=_shape(coverage, path, shapes),
         motion=_motion(path),
         background=background_name,
         path=tuple((float(x), float(y)) for x, y in path),
@@ -101,6 +105,16 @@ def recognise(frames: Tensor, *, taught: tuple[str, ...] = ()) -> Sighting:
         background_rgb=_rgb(background),
         stray_area=float(_areas(foreground & (_distances(path, frames.shape[1:3]) > REACH * extent)).max()),
     )
+
+
+def _taught(names: tuple[str, ...]) -> tuple[dict[str, tuple[int, int, int]], tuple[str, ...]]:
+    """Colours and shapes among `names`."""
+    for name in names:
+        if name not in TAUGHT_COLORS and name not in TAUGHT_SHAPES:
+            known = ", ".join((*TAUGHT_SHAPES, *TAUGHT_COLORS))
+            raise ValueError(f"taught names '{name}', which cannot be recognised; use {known}")
+    colors = {name: TAUGHT_COLORS[name] for name in names if name in TAUGHT_COLORS}
+    return colors, tuple(name for name in names if name in TAUGHT_SHAPES)
 
 
 def _areas(mask: Tensor) -> Tensor:

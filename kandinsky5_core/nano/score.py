@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..conditioning import ImageConditioning, joined
+from ..caching import choose_cache
+from ..conditioning import ImageConditioning, TextConditioning, joined
 from ..config import variant as find_variant
 from ..inputs import Inputs, encode_inputs
 from ..loading import load
 from ..pipeline import Models, decode_frames, encode_prompts, generate, sample_latents
 from ..request import Request, resolve
 from ..sampling.partial import PartialNoise
+from ..sampling.step_cache import NewCache
 from ..shapes import LatentShape, VideoShape
 from .cases import CASES, REQUEST_TASKS, Case
 
@@ -26,8 +28,9 @@ BATCH = 10
 
 
 def score_nano(
-    *, count: int = 100, seed: int = 1, task: str = "t2v", models: Models | str | None = None
-) -> dict[str, object]:
+    *, count: int = 100, seed: int = 1, task: str = "t2v", models: Models | str | None = None,
+    options: Mapping[str, object] | None = None,
+) -> dict[str, object]:  # fmt: skip
     """Mean marks over random cases of a task, by name.
 
     Args:
@@ -35,6 +38,7 @@ def score_nano(
         seed: Of the cases and of the noise.
         task: A key of `CASES`.
         models: Or the name of an embedded model; default the one that is made for the task.
+        options: Fields of `Request` for every case, such as a step cache.
 
     Raises:
         ValueError: count below 1, an unknown task, or one that the model does not do.
@@ -46,6 +50,7 @@ def score_nano(
     models = _models_for(task, models)
     rng = random.Random(f"score-{seed}-{task}")
     cases = [CASES[task][1](rng, models.variant) for _ in range(count)]
+    cases = [replace(case, request=replace(case.request, **(options or {}))) for case in cases]
     cases.sort(key=_size)
     marks: dict[str, list[float]] = {}
     with tqdm(total=count, desc=f"score {task}", unit="case", file=sys.stderr) as bar:
@@ -56,7 +61,7 @@ def score_nano(
             bar.update(len(batch))
     means = {key: round(sum(values) / len(values), 4) for key, values in marks.items()}
     return {"task": task, "n": count, "seed": seed, "model": models.variant.name,
-            "model_hash": models.model_hash, **means}  # fmt: skip
+            "model_hash": models.model_hash, **(options or {}), **means}  # fmt: skip
 
 
 def _models_for(task: str, models: Models | str | None) -> Models:
@@ -85,9 +90,29 @@ def answers(models: Models, cases: Sequence[Case], seed: int) -> list[Tensor]:
     return generate_rows(models, requests)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """Different prompts and pictures, encoded as one batch."""
+
+    request: Request
+    """The first one, for the batch."""
+    shape: LatentShape
+    positive: TextConditioning
+    negative: TextConditioning | None
+    inputs: list[Inputs]
+
+
 @torch.no_grad()
 def generate_rows(models: Models, requests: Sequence[Request]) -> list[Tensor]:
     """Frames of different prompts and pictures in one batch; sizes and settings are the first request's."""
+    rows = encode_rows(models, requests)
+    chosen = choose_cache(rows.request, models.variant, models.weights)
+    return decode_rows(models, rows, sample_rows(models, rows, chosen.start if chosen and not chosen.off else None))
+
+
+@torch.no_grad()
+def encode_rows(models: Models, requests: Sequence[Request]) -> Rows:
+    """Everything before sampling."""
     requests = [resolve(request, models.variant) for request in requests]
     first = replace(requests[0], batch=len(requests))
     shape = VideoShape(1, first.num_frames, first.height, first.width)
@@ -96,13 +121,23 @@ def generate_rows(models: Models, requests: Sequence[Request]) -> list[Tensor]:
     positive = joined([text[0].trimmed() for text in texts])
     negative = None if texts[0][1] is None else joined([text[1].trimmed() for text in texts])
     inputs = [encode_inputs(models, request, latent_shape) for request in requests]
-    latents = sample_latents(models, first, _with_batch(latent_shape, first.batch), positive, negative, stacked(inputs))
-    frames = [decode_frames(models, row[None], first.vae_budget_bytes) for row in latents]
-    return [given.finish(made)[0] for given, made in zip(inputs, frames, strict=True)]
+    latent_shape = latent_shape._replace(batch=first.batch)
+    return Rows(request=first, shape=latent_shape, positive=positive, negative=negative, inputs=inputs)
 
 
-def _with_batch(shape: LatentShape, batch: int) -> LatentShape:
-    return shape._replace(batch=batch)
+@torch.no_grad()
+def sample_rows(models: Models, rows: Rows, new_cache: NewCache | None = None) -> Tensor:
+    """Scaled latents of every row."""
+    return sample_latents(
+        models, rows.request, rows.shape, rows.positive, rows.negative, stacked(rows.inputs), new_cache=new_cache
+    )
+
+
+@torch.no_grad()
+def decode_rows(models: Models, rows: Rows, latents: Tensor) -> list[Tensor]:
+    """Frames (F, H, W, 3) of every row."""
+    frames = [decode_frames(models, row[None], rows.request.vae_budget_bytes) for row in latents]
+    return [given.finish(made)[0] for given, made in zip(rows.inputs, frames, strict=True)]
 
 
 def stacked(rows: Sequence[Inputs]) -> Inputs:

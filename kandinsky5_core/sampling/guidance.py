@@ -11,6 +11,7 @@ from ..dit.model import DiffusionTransformer
 from ..dit.plan import VisualPlan
 from .first_frame import normalise_first_frames
 from .samplers import VelocityFn
+from .step_cache import NEGATIVE, POSITIVE, StepCache
 
 GUIDANCE_OFF = 1e-6
 """|guidance_scale - 1| up to this means no negative pass."""
@@ -50,12 +51,15 @@ def hold_given(latents: Tensor, image: ImageConditioning | None) -> Tensor:
 
 def guided_velocity(
     dit: DiffusionTransformer, positive: TextConditioning, negative: TextConditioning | None, guidance_scale: float,
-    plan: VisualPlan, image: ImageConditioning | None = None,
+    plan: VisualPlan, image: ImageConditioning | None = None, cache: StepCache | None = None,
 ) -> VelocityFn:  # fmt: skip
     """velocity = negative + guidance_scale * (positive - negative); at scale 1 one evaluation, without the negative.
 
     The sum is taken over denoised latents, x - sigma*velocity, as ComfyUI's samplers take it: the same in mathematics,
     and then in bits too, which matters since rotary embeddings are rounded to bf16 and make much of little.
+
+    Args:
+        cache: Of this run alone; may skip the DiT's visual blocks.
 
     Raises:
         ValueError: guidance is on and there is no negative conditioning.
@@ -71,12 +75,13 @@ def guided_velocity(
         inputs = model_input(latents.to(dtype), image, dit.config)
         timestep = (1000 * sigma.float()).to(latents.device).expand(len(latents))
 
-        def denoised(text: TextConditioning) -> Tensor:
-            return latents - dit(inputs, timestep, text, plan).float() * sigma
+        def denoised(text: TextConditioning, side: int) -> Tensor:
+            around = None if cache is None else cache.around(float(sigma), (side,))
+            return latents - dit(inputs, timestep, text, plan, around).float() * sigma
 
-        guess = denoised(positive)
+        guess = denoised(positive, POSITIVE)
         if negative is not None:
-            unconditional = denoised(negative)
+            unconditional = denoised(negative, NEGATIVE)
             guess = unconditional + (guess - unconditional) * guidance_scale
         return (latents - guess) / sigma
 

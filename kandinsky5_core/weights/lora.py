@@ -2,21 +2,34 @@
 
 Four conventions name a module's two matrices: official (`base_model.model.X.lora_A.default.weight`), diffusers
 (`transformer.X.lora_A.weight`), ComfyUI (`diffusion_model.X.lora_A.weight`) and kohya (`lora_unet_X` with underscores,
-`.lora_down.weight`, `.alpha`).
+`.lora_down.weight`, `.alpha`). docs/lora-formats.md tells which loaders read which.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .load import read_tensors
-from .source import open_source
+from .source import WeightsSource, open_source, read_json
+
+BASE_KEY = "kandinsky5.base"
+"""Metadata of a fine-tune: the content hash of the model it began from."""
+SAMPLES_KEY = "kandinsky5.samples"
+"""Metadata of a fine-tune: how many training samples its domain has."""
+DORA = (".dora_scale", ".lora_magnitude_vector", ".lora_magnitude_vector.weight",
+        ".lora_magnitude_vector.default.weight")  # fmt: skip
+PEFT_METADATA = "lora_adapter_metadata"
+"""Where diffusers keeps PEFT's settings, among them alpha."""
+PEFT_FILES = {"lora.safetensors": "config_lora.json", "adapter_model.safetensors": "adapter_config.json"}
+ALPHA_KEYS = ("lora_alpha", "alpha", "ss_network_alpha")
 
 PREFIXES = ("base_model.model.", "transformer.", "diffusion_model.", "model.diffusion_model.")
 KOHYA_PREFIXES = ("lora_unet_", "lora_transformer_", "lycoris_")
@@ -52,10 +65,11 @@ def read_lora(path: str | Path, shapes: Mapping[str, tuple[int, ...] | None]) ->
         shapes: Weight shapes (out, in) of the model by module name; None where the model is not at hand.
 
     Raises:
-        ValueError: nothing in the file fits the model: no key, or matrices of other sizes.
+        ValueError: nothing in the file fits the model: no key, or matrices of other sizes; or it is a DoRA.
     """
     path = Path(path)
     source = open_source(path)
+    check_plain(source)
     matched: dict[str, str] = {}
     unmatched: list[str] = []
     for name in source.tensors:
@@ -71,14 +85,34 @@ def read_lora(path: str | Path, shapes: Mapping[str, tuple[int, ...] | None]) ->
     read = read_tensors({name: source.tensors[name] for name in matched})
     tensors = {target: read[name] for name, target in matched.items()}
     _check_shapes(path, tensors, shapes)
-    ranks = [len(tensor) for name, tensor in tensors.items() if name.endswith(".lora_A.weight")]
-    metadata = dict(source.metadata)
-    alpha = _file_alpha(path, metadata)
-    if alpha is not None:
-        modules = {name.removesuffix(".lora_A.weight") for name in tensors if name.endswith(".lora_A.weight")}
-        for module in modules:
-            tensors.setdefault(f"{module}.alpha", torch.tensor(float(alpha)))
-    return Lora(tensors=tensors, unmatched=unmatched, trigger=metadata.get("trigger", ""), rank=max(ranks, default=0))
+    ends = ".lora_A.weight"
+    ranks = {name.removesuffix(ends): len(tensor) for name, tensor in tensors.items() if name.endswith(ends)}
+    for module, alpha in file_alphas(source, ranks).items():
+        tensors.setdefault(f"{module}.alpha", torch.tensor(alpha))
+    return Lora(
+        tensors=tensors, unmatched=unmatched, trigger=source.metadata.get("trigger", ""),
+        rank=max(ranks.values(), default=0),
+    )  # fmt: skip
+
+
+def is_lora(source: WeightsSource) -> bool:
+    """Whether a file holds pairs of low rank and no whole model, by its names."""
+    return any(name.endswith(end) for name in source.tensors for end in ENDS if end != ".alpha")
+
+
+def check_plain(source: WeightsSource) -> None:
+    """Refuse DoRA: its magnitudes do not add up, and without them the rest means something else.
+
+    Raises:
+        ValueError: names the first such key.
+    """
+    found = [name for name in source.tensors if name.endswith(DORA)]
+    if found or peft_settings(source).get("use_dora"):
+        named = found[0] if found else "use_dora in its settings"
+        raise ValueError(
+            f"{source.path.name} is a DoRA ({named}), which is more than a LoRA and is not read here; merge it with "
+            "the program that made it, then extract a LoRA from the merged model"
+        )
 
 
 def target_name(name: str, modules: Mapping[str, object]) -> str | None:
@@ -114,15 +148,45 @@ def _check_shapes(
                 )
 
 
-def _file_alpha(path: Path, metadata: Mapping[str, str]) -> float | None:
-    """Alpha for the whole file: from its metadata, or from `config_lora.json` beside it; None: equal to the rank."""
-    for key in ("lora_alpha", "alpha", "ss_network_alpha"):
-        if key in metadata:
-            return float(metadata[key])
-    config = path.with_name("config_lora.json")
-    if config.exists():
-        return json.loads(config.read_text(encoding="utf-8")).get("lora_alpha")
-    return None
+def file_alphas(source: WeightsSource, ranks: Mapping[str, int]) -> dict[str, float]:
+    """Alpha by module, as far as the file or the settings beside it give one for all; else alpha is the rank.
+
+    Args:
+        ranks: By module.
+    """
+    for key in ALPHA_KEYS:
+        if key in source.metadata:
+            return dict.fromkeys(ranks, float(source.metadata[key]))
+    settings = peft_settings(source)
+    alpha = settings.get("lora_alpha")
+    if alpha is None:
+        return {}
+    pattern = settings.get("alpha_pattern") or {}
+    found = {}
+    for module, rank in ranks.items():
+        own = next((value for end, value in pattern.items() if f".{module}".endswith(f".{end}")), alpha)
+        # rsLoRA divides by the root of the rank where every loader divides by the rank.
+        found[module] = float(own) * (math.sqrt(rank) if settings.get("use_rslora") else 1.0)
+    return found
+
+
+def peft_settings(source: WeightsSource) -> dict[str, Any]:
+    """PEFT's settings of a LoRA: from its metadata (diffusers), or the file that belongs to it; {} without.
+
+    The official files come as `lora.safetensors` with `config_lora.json`, PEFT's own as `adapter_model.safetensors`
+    with `adapter_config.json`; under other names such a file beside a LoRA may be another one's.
+    """
+    if PEFT_METADATA in source.metadata:
+        settings = json.loads(source.metadata[PEFT_METADATA])
+        return {key.removeprefix("transformer."): value for key, value in settings.items()}
+    if not source.path.is_file():
+        return {}
+    alone = len(list(source.path.parent.glob("*.safetensors"))) == 1
+    for name, config in PEFT_FILES.items():
+        beside = source.path.with_name(config)
+        if beside.exists() and (source.path.name == name or alone):
+            return read_json(beside)
+    return {}
 
 
 def _some(names: list[str]) -> str:

@@ -25,6 +25,8 @@ from ...kandinsky5_core.sampling.guidance import model_input
 
 ATTENTION_OPTION = "k5_attention"
 """Key in `transformer_options`: a NablaConfig, or None for dense; absent: as the checkpoint was trained."""
+AROUND_OPTION = "k5_around_blocks"
+"""Key in `transformer_options`: what stands around the visual blocks in this call, such as a step cache."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +119,8 @@ class ComfyDiT(DiffusionTransformer):
         mask = torch.ones(context.shape[:2], dtype=torch.bool) if attention_mask is None else attention_mask > 0
         text = TextConditioning(embeds=context, pooled=y, mask=mask.to(context.device))
         plan = PatchedPlan(**vars(self.plan_for(latents, transformer_options)), options=transformer_options)
-        result = super().forward(model_input(latents, image, self.config), timestep, text, plan)
+        around = transformer_options.get(AROUND_OPTION)
+        result = super().forward(model_input(latents, image, self.config), timestep, text, plan, around)
         if image is not None and image.clean is not None:
             result = _towards_given(result, latents, image, timestep)
         return result.squeeze(2) if flat else result

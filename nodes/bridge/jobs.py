@@ -92,11 +92,6 @@ def cached(data: DataConfig) -> DataConfig:
     return replace(data, cache=str(jobs_folder().parent / "cache"))
 
 
-def model_folder(name: str) -> Path:
-    """ComfyUI's first folder of a kind of model."""
-    return Path(folder_paths.get_folder_paths(name)[0])
-
-
 def model_name(path: Path | None) -> str:
     """What the loaders' drop-downs call a file of a model folder; its path where it lies elsewhere."""
     for folder in ("loras", "diffusion_models"):

@@ -50,6 +50,7 @@ class K5Model(comfy.model_base.Kandinsky5):
     def __init__(self, config: K5ModelConfig, dit: ComfyDiT) -> None:
         comfy.model_base.BaseModel.__init__(self, config, comfy.model_base.ModelType.FLOW)
         self.diffusion_model = dit.requires_grad_(False).eval()
+        self.weights: Path | None = None
         set_shift(self.model_sampling, dit.variant.sampling.shift)
 
     @property
@@ -140,6 +141,7 @@ def load_model(path: Path, variant: Variant, weight_dtype: torch.dtype | None = 
     )
     dit.dtype = weight_dtype
     model = K5Model(config, dit)
+    model.weights = path
     patcher = comfy.model_patcher.ModelPatcher(
         model, load_device=device, offload_device=comfy.model_management.unet_offload_device()
     )
@@ -151,3 +153,13 @@ def variant_of(model: Any) -> Variant | None:
     """Which variant a MODEL is; None where it was not loaded by this pack."""
     inner = getattr(model, "model", None)
     return inner.variant if isinstance(inner, K5Model) else None
+
+
+def weights_of(model: Any) -> Path | None:
+    """The file that a MODEL's weights came from, of our loader or ComfyUI's; None where it does not say."""
+    inner = getattr(model, "model", None)
+    if isinstance(inner, K5Model):
+        return inner.weights
+    made_by = getattr(model, "cached_patcher_init", None)
+    first = made_by[1][0] if made_by else None
+    return Path(first) if isinstance(first, (str, Path)) and Path(first).is_file() else None

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...kandinsky5_core.demo import SHEET_COLUMNS, contact_sheet, spread
+from ...kandinsky5_core.sheet import SHEET_COLUMNS, contact_sheet, spread
 from .jobs import sample_frames
 
 ROWS = 8
@@ -49,6 +49,6 @@ def sample_sheet(samples: list[tuple[int, list[Path]]]) -> Tensor:
     rows = []
     for number, files in chosen:
         each = max(1, SHEET_COLUMNS // max(1, len(files)))
-        pictures = [picture for clip in sample_frames(files) for picture in spread(clip, SHEET_COLUMNS - each)]
+        pictures = [picture for clip in sample_frames(files) for picture in spread(clip, each)]
         rows.append((f"step {number}", pictures[:SHEET_COLUMNS]))
     return contact_sheet(rows)[None]

@@ -268,3 +268,283 @@ def _no_inputs(blocked):
             raise ModuleNotFoundError("No module named 'surely-missing'", name="surely-missing")
 
     return find_spec
+
+
+def cached(name, model, **changes):
+    """The MODEL with a step cache; what runs say comes into the list."""
+    told = []
+    settings = core(name, "sampling.step_cache").MagSettings(**{k: v for k, v in changes.items() if k not in ("mode", "ratios")})
+    patch = bridge(name, "step_cache").patch_step_cache
+    patched, report = patch(model, changes.get("mode", "magcache"), settings, changes.get("ratios", "auto"), told.append)
+    return patched, report, told
+
+
+def ksampled(model, clip, *, seed=7, steps=20, cfg=3.0, sampler="euler", scheduler="simple", batch=1, texts=(PROMPT, "")):
+    import nodes
+
+    latent = {"samples": torch.zeros(batch, 16, 5, 8, 8)}
+    positive, negative = (encode(clip, text) for text in texts)
+    (made,) = nodes.KSampler().sample(model, seed, steps, cfg, sampler, scheduler, positive, negative, latent)
+    return made["samples"]
+
+
+def check_step_cache(name, folder):
+    """On our MODEL: threshold 0 changes no bit, else as the core; runs, samplers, LoRAs, batches and cancels are apart."""
+    import gc
+
+    import comfy.model_management
+    from safetensors.torch import save_file
+
+    files, model, clip = load_video(name)
+    plain = ksampled(model, clip)
+    zero, report, told = cached(name, model, threshold=0.0)
+    assert torch.equal(ksampled(zero, clip), plain)
+    assert told == ["MagCache skipped 0 of 40 block evaluations (0 %) in 20 steps"], told
+
+    fast, report, told = cached(name, model)
+    assert "will skip 22 of 40" in report, report
+    made = ksampled(fast, clip)
+    assert told[-1].startswith("MagCache skipped 22 of 40"), told
+    assert not torch.equal(made, plain) and relative_error(made, plain) < 0.5
+    pipeline, request = core(name, "pipeline"), core(name, "request")
+    models = core(name, "loading").load_files(files)
+    resolved = request.resolve(request.Request(prompt=PROMPT, seed=7, cache="magcache"), files.variant)
+    chosen = core(name, "caching").choose_cache(resolved, files.variant, files.dit)
+    shape = core(name, "shapes").LatentShape(1, 16, 5, 8, 8)
+    with torch.no_grad():
+        ours = pipeline.sample_latents(
+            models, resolved, shape, *pipeline.encode_prompts(models, resolved), new_cache=chosen.start
+        )
+    error = relative_error(made * files.variant.vae.scaling_factor, ours)
+    assert error < 1e-3, error
+
+    # Each run has its own state: other runs between do not show, with other steps, samplers and without guidance.
+    for other in ({"steps": 9}, {"sampler": "heun", "steps": 10}, {"cfg": 1.0}, {"scheduler": "beta", "sampler": "dpmpp_2m"}):
+        assert torch.isfinite(ksampled(fast, clip, **other)).all()
+    assert torch.equal(ksampled(fast, clip), made)
+
+    # Cancelled in the middle, then again.
+    original, calls = model.model.apply_model, []
+
+    def interrupted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 9:
+            raise comfy.model_management.InterruptProcessingException
+        return original(*args, **kwargs)
+
+    model.model.apply_model = interrupted
+    try:
+        ksampled(fast, clip, seed=8)
+    except comfy.model_management.InterruptProcessingException:
+        pass
+    else:
+        raise AssertionError("was not interrupted")
+    del model.model.apply_model
+    assert torch.equal(ksampled(fast, clip), made)
+
+    # Nothing of a run is left: neither of the finished ones nor of the cancelled one.
+    gc.collect()
+    assert [type(item).__name__ for item in gc.get_objects() if type(item).__name__ in ("MagCache", "_Part")] == []
+
+    # The order of a LoRA and the cache does not matter, and the LoRA works.
+    generator = torch.Generator().manual_seed(2)
+    module = "transformer.visual_transformer_blocks.1.self_attention.to_query"
+    lora = {f"{module}.lora_A.weight": torch.randn(4, 192, generator=generator) * 0.1,
+            f"{module}.lora_B.weight": torch.randn(192, 4, generator=generator) * 0.1}  # fmt: skip
+    save_file(lora, folder / "lora.safetensors")
+    apply_file = bridge(name, "lora").apply_file
+    before = ksampled(cached(name, apply_file(model, folder / "lora.safetensors", 1.0)[0])[0], clip)
+    after = ksampled(apply_file(fast, folder / "lora.safetensors", 1.0)[0], clip)
+    assert torch.equal(before, after) and not torch.equal(before, made)
+
+    # A batch holds what single runs give, as without a cache: to the rounding of rotary embeddings.
+    batch = ksampled(fast, clip, batch=2)
+    assert float((batch[:1] - made).norm() / made.norm()) < 0.05
+    # Twice is once, and off is off.
+    twice, _, told = cached(name, fast)
+    assert torch.equal(ksampled(twice, clip), made) and len(told) == 1
+    assert torch.equal(ksampled(cached(name, fast, mode="off")[0], clip), plain)
+
+
+def check_step_cache_parts(name, folder):
+    """Both branches in one call equal one after the other; areas, windows and left-out blocks keep to themselves."""
+    import comfy.samplers
+
+    _, model, clip = load_video(name)
+    fast, _, told = cached(name, model, threshold=0.06)
+    seen = []
+
+    def counted(apply_model, args):
+        seen.append(len(args["cond_or_uncond"]))
+        return apply_model(args["input"], args["timestep"], **args["c"])
+
+    watched = fast.clone()
+    watched.set_model_unet_function_wrapper(counted)
+    texts = (PROMPT, "a small blue square moves up on a white background")
+    together = ksampled(watched, clip, texts=texts)
+    sizes, seen[:] = set(seen), []
+    real = comfy.samplers.can_concat_cond
+    comfy.samplers.can_concat_cond = lambda a, b: a is b
+    try:
+        apart = ksampled(watched, clip, texts=texts)
+    finally:
+        comfy.samplers.can_concat_cond = real
+    assert 2 in sizes and set(seen) == {1}, (sizes, set(seen))
+    assert told[0] == told[1] and "skipped 0" not in told[0], told
+    assert float((together - apart).norm() / apart.norm()) < 0.05
+
+    # Context windows: a residual for each window and side, and none of the windows' results changes hands.
+    from comfy_extras.nodes_context_windows import ContextWindowsManualNode
+
+    def windows(patched, schedule):
+        return ContextWindowsManualNode.execute(
+            patched, 3, 1, schedule, 1, False, "pyramid", 2, False, causal_window_fix=False
+        )[0]
+
+    step_cache = core(name, "sampling.step_cache")
+    kept, real = [], step_cache.MagCache._parts
+    step_cache.MagCache._parts = lambda self, *given: (kept.append(len(self.parts)), real(self, *given))[1]
+    try:
+        for schedule, most in (("standard_static", 4), ("standard_uniform", 12)):
+            plain = ksampled(windows(model, schedule), clip)
+            zero, _, _ = cached(name, model, threshold=0.0)
+            assert torch.equal(ksampled(windows(zero, schedule), clip), plain)
+            moving, _, said = cached(name, model)
+            made = ksampled(windows(moving, schedule), clip)
+            assert max(kept) <= most, kept
+            kept.clear()
+            assert torch.isfinite(made).all()
+            # Static windows skip what one window does, 22 of 40, each for itself.
+            assert schedule != "standard_static" or "skipped 44 of 80" in said[0], said
+    finally:
+        step_cache.MagCache._parts = real
+
+    # A guider that evaluates a step again with a block left out gets that, not the cached residual.
+    again = []
+
+    def skip_layer(args):
+        changed = comfy.model_patcher.create_model_options_clone(args["model_options"])
+        changed = comfy.model_patcher.set_model_options_patch_replace(
+            changed, lambda given, extra: {"x": given["x"]}, "dit", "double_block", 2
+        )
+        (without,) = comfy.samplers.calc_cond_batch(
+            args["model"], [args["cond"]], args["input"], args["sigma"], changed
+        )
+        again.append(float((without - args["cond_denoised"]).abs().max()))
+        return args["denoised"]
+
+    guided = fast.clone()
+    guided.set_model_sampler_post_cfg_function(skip_layer)
+    made = ksampled(guided, clip)
+    assert torch.equal(made, ksampled(fast, clip)) and min(again) > 1e-4, min(again)
+
+
+def check_step_cache_native(name, folder):
+    """On ComfyUI's own class: threshold 0 changes no bit; it skips what the rule says, with other nodes' patches."""
+    import comfy.sd
+    from safetensors.torch import save_file
+
+    import nodes
+
+    config = core(name, "config").DiTConfig(
+        model_dim=1792, ff_dim=256, time_dim=32, num_text_blocks=1, num_visual_blocks=3, axes_dims=(16, 24, 24)
+    )
+    dit = core(name, "dit.model").DiffusionTransformer(config)
+    generator = torch.Generator().manual_seed(3)
+    for parameter in dit.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.02
+    save_file(dit.state_dict(), folder / "native.safetensors")
+    model = comfy.sd.load_diffusion_model(str(folder / "native.safetensors"), model_options={"dtype": torch.float32})
+
+    def conditioning(seed):
+        random = torch.Generator().manual_seed(seed)
+        pooled = torch.randn(1, 768, generator=random)
+        return [[torch.randn(1, 6, 3584, generator=random), {"pooled_output": pooled}]]
+
+    def sample(patched, cfg=5.0, steps=50):
+        latent = {"samples": torch.zeros(1, 16, 2, 8, 8)}
+        given = conditioning(1), conditioning(2)
+        return nodes.KSampler().sample(patched, 3, steps, cfg, "euler", "simple", *given, latent)[0]["samples"]
+
+    ran = []
+    blocks = model.model.diffusion_model.visual_transformer_blocks
+    hooks = [block.register_forward_hook(lambda module, args, out: ran.append(len(out))) for block in blocks]
+    plain, full = sample(model), list(ran)
+    ran.clear()
+    zero, _, told = cached(name, model, threshold=0.0, ratios="lite-t2v-5s-sft")
+    assert torch.equal(sample(zero), plain) and ran == full and "skipped 0" in told[-1]
+    ran.clear()
+    fast, report, told = cached(name, model, ratios="lite-t2v-5s-sft")
+    made = sample(fast)
+    share = 1 - sum(ran) / sum(full)
+    skipped = int(told[-1].split("skipped ")[1].split(" of ")[0])
+    assert abs(share - skipped / 100) < 1e-9 and skipped > 30, (share, told)
+    assert f"{skipped} of 100" in report, (report, told)
+    assert not torch.equal(made, plain)
+    assert torch.equal(sample(fast), made)
+    for hook in hooks:
+        hook.remove()
+
+    # Another node's patch on one block stays in force, whether put before the cache or after it.
+    def louder(args, extra):
+        return {"x": extra["original_block"](args)["x"] * 1.5}
+
+    before = model.clone()
+    before.set_model_patch_replace(louder, "dit", "double_block", 1)
+    after = fast.clone()
+    after.set_model_patch_replace(louder, "dit", "double_block", 1)
+    before = sample(cached(name, before, ratios="lite-t2v-5s-sft")[0])
+    assert torch.equal(before, sample(after)) and not torch.equal(before, made)
+
+    try:
+        cached(name, model)
+    except ValueError as error:
+        assert "choose" in str(error), error
+    else:
+        raise AssertionError("a DiT of no released size was guessed")
+
+
+def check_step_cache_calibration(name, folder):
+    """Calibrate mode writes ratios beside the file, which are used from then on; odd runs and models are told."""
+    import shutil
+
+    files = bridge(name, "folders").built_in("built-in: nano-video")
+    weights = folder / "mine.safetensors"
+    shutil.copy(files.dit, weights)
+    model = bridge(name, "model").load_model(weights, files.variant, torch.float32)
+    clip = bridge(name, "clip").load_clip(files.text_encoder, files.clip, "video", bundled=True)
+    patched, report, _ = cached(name, model)
+    assert report.startswith("off: no ratios are known for nano-video") and not patched.wrappers.get("outer_sample")
+    plain = ksampled(model, clip)
+    assert torch.equal(ksampled(patched, clip), plain)
+
+    calibrating, report, told = cached(name, model, mode="calibrate")
+    assert "mine.magcache.json" in report
+    for odd in ({"steps": 4}, {"scheduler": "beta"}):
+        try:
+            ksampled(calibrating, clip, **odd)
+        except ValueError as error:
+            assert "official schedule" in str(error), error
+        else:
+            raise AssertionError(odd)
+    ksampled(calibrating, clip, sampler="heun")
+    assert told[-1].startswith("not calibrated: calibration needs one evaluation in every step"), told
+    assert not (folder / "mine.magcache.json").exists()
+    assert torch.equal(ksampled(calibrating, clip), plain)
+    assert "saved" in told[-1] and (folder / "mine.magcache.json").is_file(), told
+
+    fast, report, told = cached(name, model)
+    assert "mine.magcache.json ratios of nano-video (20 steps)" in report, report
+    ksampled(fast, clip)
+    assert "skipped 22 of 40" in told[-1], told
+
+    flash = core(name, "config").variant("lite-t2v-5s-flash")
+    model.model.diffusion_model.variant = flash
+    _, report, _ = cached(name, model)
+    assert report.startswith("off: lite-t2v-5s-flash is distilled to 16 steps"), report
+    try:
+        cached(name, model, mode="calibrate")
+    except ValueError as error:
+        assert "distilled" in str(error)
+    else:
+        raise AssertionError("calibrated a distilled model")

@@ -60,6 +60,10 @@ def comfyui_python(path: Path) -> str:
     return sys.executable
 
 
+TEXT_EVENT = 3
+"""Number of ComfyUI's binary messages that carry text for a node."""
+
+
 class NodeError(Exception):
     """A node failed; `message` is what the user sees."""
 
@@ -77,6 +81,8 @@ class Run:
     """Per node id, its `ui` output."""
     progress: list[tuple[str, int, int]] = field(default_factory=list)
     previews: int = 0
+    texts: list[tuple[str, str]] = field(default_factory=list)
+    """Node id and what it showed while the prompt ran."""
     interrupted: bool = False
 
 
@@ -265,7 +271,10 @@ class ComfyServer:
         while True:
             message = self._next(socket_)
             if isinstance(message, bytes):
-                run.previews += 1
+                if int.from_bytes(message[:4], "big") == TEXT_EVENT:
+                    run.texts.append(_node_and_text(message[4:]))
+                else:
+                    run.previews += 1
                 continue
             message = json.loads(message)
             kind, data = message["type"], message["data"]
@@ -305,6 +314,12 @@ class ComfyServer:
                 return found[prompt_id]
             time.sleep(0.05)
         raise TimeoutError(f"no history of prompt {prompt_id}")
+
+
+def _node_and_text(data: bytes) -> tuple[str, str]:
+    """A text event: the length of the node's id, the id, the text."""
+    length = int.from_bytes(data[:4], "big")
+    return data[4 : 4 + length].decode(), data[4 + length :].decode()
 
 
 def _refused(answer: dict[str, Any]) -> NodeError:

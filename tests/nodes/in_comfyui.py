@@ -1,6 +1,7 @@
 """Run inside ComfyUI's Python: loads the pack as ComfyUI does, without its server.
 
-`<python> in_comfyui.py <ComfyUI> <pack folder> <check> <empty folder>` runs `check_<check>` of `checks.py`.
+`<python> in_comfyui.py <ComfyUI> <pack folder> <check> <folder>` runs `check_<check>` of `checks.py`; `FILE.check`: of
+`FILE.py` beside it.
 """
 
 import asyncio
@@ -36,7 +37,8 @@ def main() -> None:
     assert sys.path == before
     for node in classes:
         nodes.NODE_CLASS_MAPPINGS[node.define_schema().node_id] = node
-    spec = importlib.util.spec_from_file_location("checks", Path(__file__).parent / "checks.py")
+    file, _, check = check.rpartition(".")
+    spec = importlib.util.spec_from_file_location("checks", Path(__file__).parent / f"{file or 'checks'}.py")
     checks = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(checks)
     getattr(checks, f"check_{check}")(module.__name__, Path(folder))

@@ -10,6 +10,8 @@ ALL = {
     "K5LoadModel", "K5LoadTextEncoders", "K5LoadVAE", "K5LoadAll", "K5ModelInfo", "K5EncodePrompts", "K5EnhancePrompt",
     "K5EmptyLatent", "K5ImageToVideo", "K5ExtendVideo", "K5JoinVideo", "K5EditConditioning", "K5Inpaint", "K5PasteBack",
     "K5Sample", "K5Schedule", "K5Shift", "K5DecodeVideo", "K5Attention", "K5LoadLora", "K5NanoPicture",
+    "K5MergeLora", "K5ExtractLora", "K5ResizeLora", "K5ConvertLora", "K5LoraInfo", "K5Soup", "K5SoupFolder",
+    "K5ContactSheet",
 }  # fmt: skip
 OTHER_PACK = {
     "__init__.py": "import sys\nfrom . import train\nsys.modules['train'] = train\nNODE_CLASS_MAPPINGS = {}\n",
