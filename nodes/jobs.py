@@ -32,11 +32,17 @@ class K5WaitForTraining(io.ComfyNode):
             search_aliases=["train lora", "wait for job"],
             inputs=[io.String.Input("job", tooltip=JOB_TIP, force_input=True)],
             outputs=[
-                LORA_MODEL.Output(display_name="lora", tooltip="For Save LoRA and Load LoRA Model; empty after a full fine-tune."),
+                LORA_MODEL.Output(
+                    display_name="lora",
+                    tooltip="For Save LoRA Weights and Load LoRA Model; empty after a full fine-tune.",
+                ),
                 LOSS_MAP.Output(display_name="loss", tooltip="For Plot Loss Graph."),
                 io.Int.Output(display_name="steps"),
                 io.String.Output(display_name="job", tooltip="The same id, once it is done."),
-                FileName.Output(display_name="name", tooltip="Of the file in models/loras or models/diffusion_models, for any loader or a soup."),
+                FileName.Output(
+                    display_name="name",
+                    tooltip="Of the file in models/loras or models/diffusion_models, for any loader or a soup.",
+                ),
             ],
         )  # fmt: skip
 
@@ -107,13 +113,16 @@ class K5LoadTrained(io.ComfyNode):
             node_id="K5LoadTrained",
             display_name="Load Trained Kandinsky 5",
             category=CATEGORY,
-            description="The MODEL with the LoRA that a job made, or the model that a full fine-tune made. Of a job that "
-            "still runs or was stopped: what its last checkpoint gave.",
+            description="The MODEL with the LoRA that a job made, or the model that a full fine-tune made. Of a job "
+            "that was stopped, or a LoRA's that still runs: what its last checkpoint gave.",
             search_aliases=["load lora", "training result"],
             inputs=[
                 io.Model.Input("model", tooltip="The model that the job began from."),
                 io.String.Input("job", tooltip=JOB_TIP, force_input=True),
-                io.Float.Input("strength", default=1.0, min=-10.0, max=10.0, step=0.05, tooltip="Of a LoRA."),
+                io.Float.Input(
+                    "strength", default=1.0, min=-10.0, max=10.0, step=0.05,
+                    tooltip="Of a LoRA: 1 as trained, 0 off. A full fine-tune knows no strength.",
+                ),
             ],
             outputs=[
                 io.Model.Output(),

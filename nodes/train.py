@@ -60,11 +60,17 @@ class K5TrainingData(io.ComfyNode):
                     tooltip="Name of a folder or table in ComfyUI's input folder; or a drawn one of this pack: "
                     + ", ".join(built_in_data()),
                 ),
-                io.String.Input("trigger", default="", tooltip="A word put before every caption, for prompts to use."),
-                DATA.Input("more", optional=True, tooltip="Train on this as well; its settings below are left."),
+                io.String.Input(
+                    "trigger", default="",
+                    tooltip="A word put before every caption; put it into prompts to call up what was learnt.",
+                ),
+                DATA.Input(
+                    "more", optional=True,
+                    tooltip="Another data node: its folder and repeats are added; all else is as in this node.",
+                ),
                 io.Int.Input(
                     "repeats", default=1, min=1, max=1000, optional=True, advanced=True,
-                    tooltip="How often an epoch shows this folder.",
+                    tooltip="How often one pass over the material shows this folder.",
                 ),
                 io.Int.Input(
                     "resolution", default=0, min=0, max=2048, step=16, optional=True, advanced=True,
@@ -72,7 +78,8 @@ class K5TrainingData(io.ComfyNode):
                 ),
                 io.Int.Input(
                     "max_frames", default=0, min=0, max=481, optional=True, advanced=True,
-                    tooltip="Longest clip, 4k+1 frames at 24 a second. 0: the model's own length.",
+                    tooltip="Longest clip, 4k+1 frames at the model's rate: 121 is 5 s at 24 a second. "
+                    "0: the model's own length.",
                 ),
                 io.Float.Input(
                     "caption_dropout", default=0.1, min=0.0, max=1.0, step=0.01, optional=True, advanced=True,
@@ -80,7 +87,7 @@ class K5TrainingData(io.ComfyNode):
                 ),
                 io.Int.Input(
                     "frame_budget", default=0, min=0, max=4096, optional=True, advanced=True,
-                    tooltip="Latent frames in one batch. 0: one longest clip.",
+                    tooltip="Latent frames in a batch; a clip of 121 frames has 31, a picture 1. 0: one longest clip.",
                 ),
                 io.Int.Input(
                     "image_batch", default=0, min=0, max=1024, optional=True, advanced=True,
@@ -88,7 +95,7 @@ class K5TrainingData(io.ComfyNode):
                 ),
                 io.String.Input(
                     "tasks", default="", optional=True, advanced=True,
-                    tooltip="Probabilities such as 't2v 0.8, i2v 0.2'. Empty: those of the report.",
+                    tooltip="Probabilities of t2v, i2v, t2i, i2i, such as 't2v 0.8, i2v 0.2'. Empty: the report's.",
                 ),
                 io.Boolean.Input(
                     "cache_text", default=True, optional=True, advanced=True,
@@ -151,27 +158,33 @@ class K5TrainingSettings(io.ComfyNode):
                     "what", options=[LORA, FULL], default=LORA,
                     tooltip="A LoRA is a small file beside the model; a full fine-tune moves all its weights.",
                 ),
-                io.Int.Input("steps", default=1500, min=1, max=1_000_000, tooltip="Optimizer steps."),
+                io.Int.Input(
+                    "steps", default=1500, min=1, max=1_000_000,
+                    tooltip="How often the weights move; each time on one batch, or as many as accumulation says.",
+                ),
                 io.Combo.Input(
                     "strength", options=list(STRENGTHS), default="normal",
                     tooltip="Learning rate: 5e-5, 1e-4 or 3e-4 for a LoRA; a tenth of it for a full fine-tune.",
                 ),
-                io.Int.Input("rank", default=lora["rank"], min=1, max=512, tooltip="Of a LoRA: how much it can hold."),
+                io.Int.Input(
+                    "rank", default=lora["rank"], min=1, max=512,
+                    tooltip="Of a LoRA: how much it can hold. 16 to 32 is usual; the official ones have 128.",
+                ),
                 io.Float.Input(
                     "learning_rate", default=0.0, min=0.0, max=1.0, step=0.000001, round=False, optional=True,
                     advanced=True, tooltip="0: by strength.",
                 ),
                 io.Float.Input(
                     "alpha", default=0.0, min=0.0, max=1024.0, optional=True, advanced=True,
-                    tooltip="Of a LoRA, scaled by alpha / rank. 0: as the rank.",
+                    tooltip="A LoRA is scaled by alpha / rank. 0: alpha is the rank, so the scale is 1.",
                 ),
                 io.Float.Input(
                     "dropout", default=0.0, min=0.0, max=0.9, step=0.01, optional=True, advanced=True,
-                    tooltip="Of what goes into a LoRA.",
+                    tooltip="Share of a LoRA's inputs that a step leaves out, against learning by heart.",
                 ),
                 io.Boolean.Input(
                     "rank_stabilised", default=False, optional=True, advanced=True,
-                    tooltip="rsLoRA: scaled by alpha / sqrt(rank).",
+                    tooltip="rsLoRA: scaled by alpha / sqrt(rank), for high ranks; set alpha too.",
                 ),
                 io.String.Input(
                     "targets", default=", ".join(TARGETS), multiline=True, optional=True, advanced=True,
@@ -179,15 +192,16 @@ class K5TrainingSettings(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "optimizer", options=["adamw", "adamw8bit", "muon"], default="adamw", optional=True,
-                    advanced=True, tooltip="adamw8bit needs bitsandbytes and saves memory.",
+                    advanced=True,
+                    tooltip="adamw8bit saves memory and needs bitsandbytes; muon is for matrices, AdamW for the rest.",
                 ),
                 io.Combo.Input(
                     "schedule", options=["cosine", "constant"], default=fit["schedule"], optional=True, advanced=True,
-                    tooltip="Of the learning rate after its warm-up.",
+                    tooltip="After the warm-up the learning rate falls to 2 % (cosine) or stays (constant).",
                 ),
                 io.Int.Input(
                     "warmup_steps", default=100, min=0, max=100_000, optional=True, advanced=True,
-                    tooltip="Steps in which the rate rises.",
+                    tooltip="Steps in which the learning rate rises to its value.",
                 ),
                 io.Float.Input(
                     "weight_decay", default=0.0, min=0.0, max=1.0, step=0.0001, round=False, optional=True,
@@ -195,11 +209,11 @@ class K5TrainingSettings(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "max_grad_norm", default=1.0, min=0.01, max=100.0, optional=True, advanced=True,
-                    tooltip="Longer gradients are cut.",
+                    tooltip="Gradients with a larger norm are scaled down to it.",
                 ),
                 io.Int.Input(
                     "accumulation", default=1, min=1, max=1024, optional=True, advanced=True,
-                    tooltip="Batches that make one step.",
+                    tooltip="Batches whose gradients make one step; like a larger batch, for no memory.",
                 ),
                 io.Float.Input(
                     "ema_decay", default=0.99, min=0.0, max=0.9999, step=0.0001, round=False, optional=True,
@@ -208,15 +222,18 @@ class K5TrainingSettings(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "noise", options=["logit_normal", "uniform"], default=flow["distribution"], optional=True,
-                    advanced=True, tooltip="Distribution of the noise levels.",
+                    advanced=True,
+                    tooltip="Distribution of the noise levels before the shift; logit_normal prefers the middle ones.",
                 ),
                 io.Float.Input(
                     "shift", default=0.0, min=0.0, max=100.0, step=0.1, optional=True, advanced=True,
-                    tooltip="Warp of the noise levels; 1 for none, 0 for the model's own.",
+                    tooltip="Warp of the noise levels as in sampling: more is more training at strong noise. "
+                    "1: none. 0: the model's own.",
                 ),
                 io.Combo.Input(
                     "base_weights", options=["as loaded", "int8", "fp8"], default="as loaded", optional=True,
-                    advanced=True, tooltip="Of the frozen model below a LoRA; eight bits need torchao.",
+                    advanced=True,
+                    tooltip="Of the frozen model below a LoRA: eight bits take half the memory and need torchao.",
                 ),
                 io.Boolean.Input(
                     "gradient_checkpointing", default=True, optional=True, advanced=True,
@@ -239,8 +256,9 @@ class K5TrainingSettings(io.ComfyNode):
                     tooltip="Checkpoints that stay, beside the best.",
                 ),
                 io.Int.Input(
-                    "seed", default=0, min=0, max=2**31 - 1, optional=True, advanced=True,
-                    tooltip="Of everything random in training.",
+                    # Else the frontend draws another seed after each run, and another seed is another job.
+                    "seed", default=0, min=0, max=2**31 - 1, control_after_generate="fixed", optional=True,
+                    advanced=True, tooltip="Of everything random in training. Another seed is another job.",
                 ),
                 io.String.Input(
                     "device", default="auto", optional=True, advanced=True,
@@ -327,7 +345,7 @@ class K5CacheData(io.ComfyNode):
             search_aliases=["encode dataset", "latent cache", "scan dataset"],
             inputs=[
                 io.Combo.Input("model_name", options=choices("diffusion_models"), tooltip=MODEL_TIP),
-                DATA.Input("data"),
+                DATA.Input("data", tooltip="From a training data or cache node."),
                 *_part_inputs(),
                 io.String.Input(
                     "device", default="auto", optional=True, advanced=True, tooltip="auto, cpu, cuda, cuda:1, ..."
@@ -366,21 +384,32 @@ class K5StartTraining(io.ComfyNode):
                 io.Combo.Input(
                     "model_name", options=choices("diffusion_models"), tooltip=MODEL_TIP
                 ),
-                DATA.Input("data"),
-                SETTINGS.Input("settings"),
-                io.String.Input("name", default="my-lora", tooltip="Of the job and of its file in models/loras."),
+                DATA.Input("data", tooltip="From a training data or cache node."),
+                SETTINGS.Input("settings", tooltip="From a training settings node."),
+                io.String.Input(
+                    "name", default="my-lora",
+                    tooltip="Of the job and of its file in models/loras; "
+                    "that of a full fine-tune is in models/diffusion_models.",
+                ),
                 io.String.Input(
                     "sample_prompts", multiline=True, default="",
-                    tooltip="A sample is made of each line, from the same noise every time.",
+                    tooltip="Each line gives a sample in the model's own size and length, "
+                    "from the same noise every time.",
                 ),
-                io.Int.Input("sample_every", default=250, min=0, max=100_000, tooltip="Steps between samples; 0: none."),
+                io.Int.Input(
+                    "sample_every", default=250, min=0, max=100_000,
+                    tooltip="Steps between samples, and between validation losses; 0: neither.",
+                ),
                 io.Image.Input(
-                    "sample_image", optional=True, tooltip="For models that animate or edit a picture: the one to use."
+                    "sample_image", optional=True,
+                    tooltip="For models that animate or edit a picture: the one that samples begin from.",
                 ),
                 *_part_inputs(),
                 io.Combo.Input(
                     "if_done_before", options=["continue", "start anew"], default="continue", optional=True,
-                    advanced=True, tooltip="When a job with the same settings is there already.",
+                    advanced=True,
+                    tooltip="When a job with the same settings is there: go on with it (or take its result), "
+                    "or make another.",
                 ),
             ],
             outputs=[io.String.Output(display_name="job", tooltip="The job's id, for the nodes that wait and look.")],

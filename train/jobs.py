@@ -158,11 +158,12 @@ class Job:
     def samples(self) -> list[tuple[int, list[Path]]]:
         """(step, files) of the samples made so far, in order."""
         found = []
-        for folder in sorted((self.folder / SAMPLES).glob("step-*")):
-            files = sorted(file for file in folder.iterdir() if file.suffix in _PICTURES)
-            with contextlib.suppress(ValueError):
-                found.append((int(folder.name.removeprefix("step-")), files))
-        return found
+        for folder in (self.folder / SAMPLES).glob("step-*"):
+            step = folder.name.removeprefix("step-")
+            if step.isdecimal():  # else still being written
+                files = sorted(file for file in folder.iterdir() if file.suffix in _PICTURES)
+                found.append((int(step), files))
+        return sorted(found)
 
     def scan_report(self) -> str:
         """What the material came to, for people; empty before it was looked at."""
@@ -229,8 +230,9 @@ class Jobs:
         """Newest first."""
         if not self.folder.is_dir():
             return []
-        found = [entry for entry in self.folder.iterdir() if _ID.fullmatch(entry.name) and (entry / JOB).is_file()]
-        return [Job(entry) for entry in sorted(found, key=lambda entry: entry.name, reverse=True)]
+        named = (entry for entry in self.folder.iterdir() if _ID.fullmatch(entry.name) and not entry.is_symlink())
+        found = [Job(entry) for entry in named if (entry / JOB).is_file()]
+        return sorted(found, key=lambda job: job.id, reverse=True)
 
     def get(self, job_id: str) -> Job:
         """The job with that id.

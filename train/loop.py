@@ -164,6 +164,7 @@ class _Run:
         while self.progress.step < self.config.num_steps:
             began = time.perf_counter()
             losses = self.train_step(self.progress.step)
+            seconds = {"seconds": round(time.perf_counter() - began, 4)}
             self.progress.step += 1
             self.watch(losses)
             validation = self.validate()
@@ -172,7 +173,6 @@ class _Run:
                 self.progress.best = validation
             if self.accelerator.is_main_process:
                 extra = {} if validation is None else {"validation": validation}
-                seconds = {"seconds": round(time.perf_counter() - began, 4)}
                 told = {"step": self.progress.step, **losses, "smoothed": self.progress.smoothed, **extra, **seconds}
                 self.watcher.stepped(told)
             reason = self.stop_reason()

@@ -50,7 +50,7 @@ def summary(job: Job) -> dict[str, Any]:
         "running": status.running,
         "stopping": status.running and job.stop_wanted(),
         "can_resume": config is not None and not status.running and status.state != "done",
-        "result_exists": job.result() is not None,
+        "result_exists": bool(status.result) and Path(status.result).is_file(),
         "num_samples": sum(len(files) for _, files in samples_of(job)),
         "log_bytes": _size(job.folder / LOG),
         "error": error,

@@ -156,7 +156,16 @@ class ComfyServer:
             except subprocess.TimeoutExpired:
                 os.killpg(self.process.pid, signal.SIGKILL)
                 self.process.wait(10)
+        self._end_jobs()
         shutil.rmtree(self.root, ignore_errors=True)
+
+    def _end_jobs(self) -> None:
+        """Training jobs are made to outlive the server; here nothing shall."""
+        for path in self.base.glob("output/kandinsky5/jobs/*/status.json"):
+            with contextlib.suppress(OSError, ValueError, psutil.NoSuchProcess):
+                process = psutil.Process(json.loads(path.read_text())["pid"])
+                if str(path.parent) in " ".join(process.cmdline()):
+                    process.kill()
 
     def _start(self, command: list[str]) -> None:
         # The tests' own paths would let the pack find modules that a user's ComfyUI does not have.

@@ -10,8 +10,8 @@ import pytest
 
 from tests.nodes.browser import READY, Browser, missing_browser
 from tests.nodes.comfy_server import ComfyServer
-from tests.nodes.fake_jobs import PROMPTS, FakeRun, job_config, make_job, write_samples
-from train.jobs import LOG
+from tests.nodes.fake_jobs import PROMPTS, FakeRun, job_config, make_job, write_samples, write_steps
+from train.jobs import ENDED, LOG, RUNNING, Status
 
 TAB = ".kandinsky5-jobs-tab-button"
 PANEL = ".k5-jobs"
@@ -67,19 +67,25 @@ def open_panel(page):
     page.page.locator(PANEL).wait_for(timeout=60_000)
 
 
+def close_panel(page):
+    page.page.evaluate("() => { app.extensionManager.sidebarTab.activeSidebarTabId = null; }")
+    page.page.locator(PANEL).wait_for(state="detached")
+
+
 @pytest.fixture
 def opened(folder, page):
     """Opens the panel on what the test has made, in a page that remembers nothing."""
 
     def open_():
+        page.errors.clear()
+        close_panel(page)
         page.page.evaluate("() => localStorage.removeItem('kandinsky5.jobs.selected')")
-        reload(page)
         open_panel(page)
         return page.page
 
     yield open_
-    if "test_" in os.environ.get("PYTEST_CURRENT_TEST", ""):
-        assert page.errors == []
+    close_panel(page)
+    assert page.errors == []
 
 
 def text_of(page, selector):
@@ -166,9 +172,7 @@ def test_steps_undone_by_a_resume_leave_the_chart(folder, opened):
     page = opened()
     last = "() => document.querySelector('.k5-chart').ariaLabel ?? ''"
     page.wait_for_function(f"() => ({last})().includes('Step 120')")
-    job.write_status(job.read_status().__class__(state="training", step=100, num_steps=500, updated=time.time()))
-    from tests.nodes.fake_jobs import write_steps
-
+    job.write_status(Status(state="training", step=100, num_steps=500, updated=time.time()))
     write_steps(job, 101, 104)
     page.wait_for_function(f"() => ({last})().includes('Step 104')", timeout=60_000)
 
@@ -267,8 +271,7 @@ def test_it_asks_the_server_only_while_it_is_open(folder, opened):
     page.wait_for_timeout(5000)
     assert asked == []
     # Another tab takes its place without telling it.
-    open_panel_again = page.locator(TAB)
-    open_panel_again.click()
+    page.locator(TAB).click()
     page.locator("[data-job]").wait_for()
     page.locator(".workflows-tab-button").click()
     page.locator(PANEL).wait_for(state="detached")
@@ -276,7 +279,7 @@ def test_it_asks_the_server_only_while_it_is_open(folder, opened):
     asked.clear()
     page.wait_for_timeout(5000)
     assert asked == []
-    open_panel_again.click()
+    page.locator(TAB).click()
     page.locator("[data-job]").wait_for()
 
 
@@ -322,6 +325,9 @@ def test_every_language_has_every_text(page):
     )
     parts = re.split(r"\n  (en|ru|zh): \{", texts)
     keys = {name: re.findall(r"[{ \n](\w+): [\"\[{]", body.partition("\n  },")[0]) for name, body in zip(parts[1::2], parts[2::2], strict=True)}
+    for body in parts[2::2]:
+        states = re.search(r"\n    state: \{(.*)\}", body)[1]
+        assert sorted(re.findall(r"(\w+): ", states)) == sorted((*RUNNING, *ENDED))
     assert len(keys["en"]) > 60 and sorted(keys["en"]) == sorted(keys["ru"]) == sorted(keys["zh"])
 
 
