@@ -56,8 +56,10 @@ class K5WaitForTraining(io.ComfyNode):
         return io.NodeOutput(weights, {"loss": losses}, status.step, job, model_name(result))
 
     @classmethod
-    def fingerprint_inputs(cls, job: str) -> object:
-        """Looked at again whenever the job has moved on."""
+    def fingerprint_inputs(cls, job: str | None) -> object:
+        """Looked at again whenever the job has moved on; a linked id is not known yet."""
+        if job is None:
+            return float("nan")
         status = jobs().get(job).status()
         return (status.state, status.step)
 
@@ -98,8 +100,10 @@ class K5TrainingStatus(io.ComfyNode):
         return io.NodeOutput(plot, sample_sheet(found.samples()), report, ui=ui.PreviewText(report))
 
     @classmethod
-    def fingerprint_inputs(cls, job: str) -> object:
-        """Looked at again whenever the job has moved on."""
+    def fingerprint_inputs(cls, job: str | None) -> object:
+        """Looked at again whenever the job has moved on; a linked id is not known yet."""
+        if job is None:
+            return float("nan")
         status = jobs().get(job).status()
         return (status.state, status.step)
 
@@ -145,7 +149,9 @@ class K5LoadTrained(io.ComfyNode):
         return io.NodeOutput(trained, str(result), config.data.trigger, ui=ui.PreviewText(result.name))
 
     @classmethod
-    def fingerprint_inputs(cls, model: Any, job: str, strength: float = 1.0) -> object:
-        """Another result is another model."""
+    def fingerprint_inputs(cls, model: Any, job: str | None, strength: float = 1.0) -> object:
+        """Another result is another model; a linked id is not known yet."""
+        if job is None:
+            return float("nan")
         result = jobs().get(job).result()
         return None if result is None else (str(result), result.stat().st_mtime_ns)

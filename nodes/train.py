@@ -361,9 +361,11 @@ class K5CacheData(io.ComfyNode):
             validation=ValidationConfig(every=0), **_files(model_name, parts),
         )  # fmt: skip
         job = start(config, again=True)
-        wait(job)
-        report = job.scan_report()
-        jobs().delete(job.id)
+        try:
+            wait(job)
+            report = job.scan_report()
+        finally:
+            jobs().delete(job.id)
         return io.NodeOutput(data, report, ui=ui.PreviewText(report))
 
 
@@ -405,6 +407,14 @@ class K5StartTraining(io.ComfyNode):
                     tooltip="For models that animate or edit a picture: the one that samples begin from.",
                 ),
                 *_part_inputs(),
+                io.Int.Input(
+                    "sample_steps", default=0, min=0, max=1000, optional=True, advanced=True,
+                    tooltip="Sampling steps of the samples. 0: the model's own.",
+                ),
+                io.Int.Input(
+                    "sample_frames", default=0, min=0, max=481, optional=True, advanced=True,
+                    tooltip="Frames of the samples, 4k+1. 0: the model's own; fewer are much faster.",
+                ),
                 io.Combo.Input(
                     "if_done_before", options=["continue", "start anew"], default="continue", optional=True,
                     advanced=True,
@@ -418,15 +428,24 @@ class K5StartTraining(io.ComfyNode):
     @classmethod
     def execute(
         cls, model_name: str, data: DataConfig, settings: dict[str, Any], name: str, sample_prompts: str,
-        sample_every: int, sample_image: Any = None, if_done_before: str = "continue", **parts: str,
+        sample_every: int, sample_image: Any = None, sample_steps: int = 0, sample_frames: int = 0,
+        if_done_before: str = "continue", **parts: str,
     ) -> io.NodeOutput:  # fmt: skip
         picture = "" if sample_image is None else str(keep_image(sample_image))
         prompts = [line.strip() for line in sample_prompts.splitlines() if line.strip()]
         samples = tuple(SampleConfig(prompt=prompt, image=picture, seed=row) for row, prompt in enumerate(prompts))
         config = JobConfig(
-            name=check_name(name), data=cached(data), validation=ValidationConfig(every=sample_every, samples=samples),
+            name=check_name(name), data=cached(data),
+            validation=ValidationConfig(
+                every=sample_every, samples=samples, num_steps=sample_steps, num_frames=sample_frames
+            ),
             output_folder=str(model_root("loras" if settings["lora"] else "diffusion_models")),
             **_files(model_name, parts), **settings,
         )  # fmt: skip
         job = start(config, again=if_done_before != "continue")
         return io.NodeOutput(job.id, ui=ui.PreviewText(f"job {job.id}: {job.status().state}"))
+
+    @classmethod
+    def fingerprint_inputs(cls, **inputs: Any) -> object:
+        """Runs again when jobs came or went: the one it started may have been deleted."""
+        return tuple(job.id for job in jobs().all())

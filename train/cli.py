@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,7 +13,7 @@ from pathlib import Path
 
 from .config import JobConfig, from_dict
 from .domains_command import add_domains
-from .jobs import JOB, STOP, Job, Jobs
+from .jobs import JOB, STOP, Job, Jobs, visible_cards
 
 JOBS = Path("outputs/jobs")
 
@@ -36,11 +37,13 @@ def _parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="run a job, or go on with it")
     run.add_argument("job", type=Path, help="a job's job.json or folder, or any JSON of a job, which gets a new folder")
     run.add_argument("--jobs", type=Path, default=JOBS, help=f"folder for new jobs (default {JOBS})")
+    # By `jobs.launch`, which has removed an old STOP: one that is there by now is meant.
+    run.add_argument("--launched", action="store_true", help=argparse.SUPPRESS)
     run.set_defaults(command=_run, only_cache=False)
     cache = commands.add_parser("cache", help="encode a job's material, without training")
     cache.add_argument("job", type=Path, help="as for run")
     cache.add_argument("--jobs", type=Path, default=JOBS, help=argparse.SUPPRESS)
-    cache.set_defaults(command=_run, only_cache=True)
+    cache.set_defaults(command=_run, only_cache=True, launched=False)
     for name, text, function in (
         ("scan", "what a job's material comes to, before anything is loaded", _scan),
         ("stop", "ask a running job to save and end", _stop),
@@ -77,6 +80,12 @@ def read_job(path: Path) -> JobConfig:
 
 def _run(args: argparse.Namespace) -> int:
     config = read_job(args.job)
+    if not args.launched:
+        os.environ.update(visible_cards(config.device, os.environ))
+    if args.only_cache and not config.data.cache:
+        raise ValueError("data.cache is empty; name the folder for the cache, and use the same in the job that trains")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not (args.job.is_dir() or args.job.name == JOB):
+        raise ValueError(f"several processes need a job's folder: put {args.job.name} into one as {JOB}")
     if args.only_cache:
         job = Jobs(args.jobs).create(replace(config, only_cache=True))
     elif args.job.is_dir() or args.job.name == JOB:
@@ -86,7 +95,8 @@ def _run(args: argparse.Namespace) -> int:
         logging.info("job folder %s", job.folder)
     from .run import run_job
 
-    (job.folder / STOP).unlink(missing_ok=True)
+    if not args.launched:
+        (job.folder / STOP).unlink(missing_ok=True)
     return run_job(job)
 
 

@@ -201,7 +201,7 @@ class ValidationConfig:
     height: int = 0
     width: int = 0
     num_frames: int = 0
-    """Size of the samples; 0 for the training's."""
+    """Size of the samples; 0 for the variant's."""
     holdout: float = 0.0
     """Share of the material that is not trained on and gives the validation loss; 0: eight training batches with
     fixed noise give it."""

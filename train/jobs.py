@@ -316,7 +316,7 @@ def launch(job: Job, *, python: str = sys.executable, environment: Mapping[str, 
         apart = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP | subprocess.CREATE_NO_WINDOW}  # type: ignore[attr-defined]
     with (job.folder / LOG).open("ab") as log:
         process = subprocess.Popen(
-            [python, "-u", "-m", Path(__file__).parent.name, "run", str(job.folder / JOB)],
+            [python, "-u", "-m", Path(__file__).parent.name, "run", "--launched", str(job.folder / JOB)],
             cwd=PACK, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
             env=_environment(config.device, environment or {}), **apart,
         )  # fmt: skip
@@ -326,15 +326,24 @@ def launch(job: Job, *, python: str = sys.executable, environment: Mapping[str, 
 def _environment(device: str, extra: Mapping[str, str]) -> dict[str, str]:
     dropped = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "PYTHONSTARTUP")
     kept = {key: value for key, value in os.environ.items() if key not in dropped}
+    cards = visible_cards(device, kept)
+    return {**kept, **cards, "PYTHONPATH": str(PACK), "PYTHONIOENCODING": "utf-8", **extra}
+
+
+def visible_cards(device: str, environment: Mapping[str, str]) -> dict[str, str]:
+    """What 'cuda:N' sets: the process sees that card alone, as its first. Nothing for other devices.
+
+    Raises:
+        ValueError: CUDA_VISIBLE_DEVICES allows fewer cards.
+    """
     kind, _, number = device.partition(":")
-    if kind == "cuda" and number:
-        # The process sees this one card alone, as its first.
-        visible = kept.get("CUDA_VISIBLE_DEVICES", "")
-        cards = visible.split(",") if visible else [str(card) for card in range(int(number) + 1)]
-        if int(number) >= len(cards):
-            raise ValueError(f"device '{device}' is beyond the {len(cards)} of CUDA_VISIBLE_DEVICES={visible}")
-        kept["CUDA_VISIBLE_DEVICES"] = cards[int(number)]
-    return {**kept, "PYTHONPATH": str(PACK), "PYTHONIOENCODING": "utf-8", **extra}
+    if kind != "cuda" or not number:
+        return {}
+    visible = environment.get("CUDA_VISIBLE_DEVICES", "")
+    cards = visible.split(",") if visible else [str(card) for card in range(int(number) + 1)]
+    if int(number) >= len(cards):
+        raise ValueError(f"device '{device}' is beyond the {len(cards)} of CUDA_VISIBLE_DEVICES={visible}")
+    return {"CUDA_VISIBLE_DEVICES": cards[int(number)]}
 
 
 def try_lock(file: IO[bytes]) -> bool:

@@ -118,6 +118,8 @@ def fit(
     optimizers = build_optimizers(model, config)
     average = MovingAverage(model, config.ema_decay)
     progress = load_checkpoint(folder, model, optimizers, average)
+    if progress.step > config.num_steps:
+        raise ValueError(f"the checkpoint in {folder} is at step {progress.step}, beyond num_steps {config.num_steps}")
     model.train()
     wrapped = accelerator.prepare_model(model) if accelerator.num_processes > 1 else model
     run = _Run(wrapped, model, objective, config, folder, watcher, accelerator, optimizers, average, progress)

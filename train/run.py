@@ -8,10 +8,12 @@ import logging
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, nn
 
 from kandinsky5_core.attention.nabla import resolve_attention
@@ -40,6 +42,7 @@ from .validation import Interrupted, Validation, prepare, sample_request
 log = logging.getLogger(__name__)
 
 LOCK_SECONDS = 5.0
+PATIENCE = timedelta(hours=12)
 STEPS_KEY, JOB_KEY = "kandinsky5.steps", "kandinsky5.job"
 
 
@@ -111,7 +114,9 @@ def make_accelerator(config: JobConfig) -> Accelerator:
         raise ValueError(f"device '{config.device}' is not available here; use 'auto' or 'cpu'")
     if config.threads:
         torch.set_num_threads(config.threads)
-    accelerator = Accelerator(cpu=config.device == "cpu")
+    on_cpu = config.device == "cpu" or not (torch.cuda.is_available() or torch.backends.mps.is_available())
+    # The others wait while the first process encodes or makes samples.
+    accelerator = Accelerator(cpu=on_cpu, kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)])
     check_distribution(accelerator)
     return accelerator
 

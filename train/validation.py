@@ -54,7 +54,7 @@ def sample_request(sample: SampleConfig, config: ValidationConfig, models: Model
         ValueError: it does not fit the variant.
     """
     image = read_image(sample.image) if sample.image else None
-    task = models.variant.tasks[0]
+    task = next((task for task in ("t2v", "t2i") if task in models.variant.tasks), models.variant.tasks[0])
     if image is not None:
         tasks = [task for task in ("i2v", "i2i") if task in models.variant.tasks]
         if not tasks:

@@ -276,7 +276,7 @@ def test_every_task_threshold_0_changes_no_bit_and_more_skips_and_stays_near(cas
     assert not torch.equal(cached.frames, plain.frames)
     assert cached.cache["skipped_share"] > 0.25
     assert (cached.frames - plain.frames).abs().mean() < 0.05
-    assert cached.settings["cache"] == "magcache" and cached.settings["cache_threshold"] == 0.12
+    assert cached.settings["cache"] == "magcache" and cached.settings["cache_threshold"] == 0.03
     assert "cache" not in plain.settings
 
 

@@ -76,15 +76,15 @@ def test_a_lora_made_here_does_the_same_in_every_loader(comfy, info):
 
 
 def test_cancel_saves_and_running_again_goes_on(comfy, info):
-    run = comfy.run(filled(replaced(LONG, "3", name="cancelled"), info), interrupt_in="4")
-    assert run.interrupted
+    long = filled(replaced(LONG, "3", name="cancelled"), info)
+    assert comfy.run(long, interrupt_at=3).interrupted
     job = next(job for job in jobs_of(comfy).all() if "cancelled" in job.id)
-    assert job.status().state in ("stopped",), job.status()
-    again = comfy.run(filled(replaced(LONG, "3", name="cancelled"), info), interrupt_at=3)
-    assert again.interrupted
-    until(lambda: not job.status().running)
-    assert job.status().state == "stopped" and job.status().step > 0
-    assert job.result() is not None
+    first = job.status()
+    assert first.state == "stopped" and first.step >= 3 and job.result() is not None
+    assert comfy.run(long, interrupt_at=first.step + 3).interrupted
+    assert job.status().state == "stopped" and job.status().step >= first.step + 3
+    steps = [record["step"] for record in job.progress()]
+    assert steps == list(range(1, job.status().step + 1)), "it went on where it had stopped"
     assert [other.id for other in jobs_of(comfy).all() if "cancelled" in other.id] == [job.id]
 
 

@@ -94,7 +94,7 @@ def test_a_job_goes_from_material_to_a_lora_that_loads(jobs: Jobs, cache: Path) 
     assert {"loss", "smoothed", "rate", "grad_norm", "seconds"} <= job.progress()[0].keys()
     assert [record["step"] for record in job.progress() if "validation" in record] == [3, 6]
     assert [(step, [file.name for file in files]) for step, files in job.samples()] == [(3, ["00.mp4"]), (6, ["00.mp4"])]
-    assert "24 samples" in job.scan_report()
+    assert "24 clips" in job.scan_report()
     assert status.peak_bytes > 0 and status.best_loss is not None
     from kandinsky5_core.weights.lora_tools import lora_info
 
