@@ -41,19 +41,29 @@ class Optimizers:
         return {
             f"{number}.{index}.{key}": torch.as_tensor(value)
             for number, part in enumerate(self.parts)
-            for index, state in part.state_dict()["state"].items()
-            for key, value in state.items()
+            for index, parameter in enumerate(_parameters(part))
+            for key, value in part.state[parameter].items()
         }
 
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
         """Restore what `state_tensors` gave."""
-        states: list[dict[int, dict[str, Tensor]]] = [{} for _ in self.parts]
+        # Not through state_dict: bitsandbytes wraps its own in a form that is no tensor.
+        parameters = [_parameters(part) for part in self.parts]
         for name, value in tensors.items():
             number, index, key = name.split(".", 2)
-            # A copy: what is loaded from a file may be a view of it.
-            states[int(number)].setdefault(int(index), {})[key] = value.clone()
-        for part, state in zip(self.parts, states, strict=True):
-            part.load_state_dict({"state": state, "param_groups": part.state_dict()["param_groups"]})
+            parameter = parameters[int(number)][int(index)]
+            self.parts[int(number)].state[parameter][key] = _as_state(value, parameter)
+
+
+def _parameters(part: torch.optim.Optimizer) -> list[Tensor]:
+    return [parameter for group in part.param_groups for parameter in group["params"]]
+
+
+def _as_state(value: Tensor, parameter: Tensor) -> Tensor | int:
+    """A copy, for what is loaded from a file may be a view of it; counts are numbers again."""
+    if value.dim() == 0:
+        return value.clone() if value.is_floating_point() else int(value)
+    return value.clone().to(parameter.device)
 
 
 def build_optimizers(model: nn.Module, config: FitConfig) -> Optimizers:

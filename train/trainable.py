@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -50,9 +52,8 @@ class WithLora(nn.Module):
         self.lora_config = config
         pairs = {_key(name): LoraPair(linear, config, generator) for name, linear in linears.items()}
         self.pairs = nn.ModuleDict(pairs)
-        self._hooks = [
-            linear.register_forward_hook(_adding(self.pairs[_key(name)])) for name, linear in linears.items()
-        ]
+        self._adds = True
+        self._hooks = [linear.register_forward_hook(self._adding(_key(name))) for name, linear in linears.items()]
 
     @property
     def config(self) -> Any:
@@ -62,6 +63,21 @@ class WithLora(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base with its pairs."""
         return self.base(*args, **kwargs)
+
+    @contextmanager
+    def bare(self) -> Iterator[nn.Module]:
+        """The base as it was, for a while."""
+        self._adds = False
+        try:
+            yield self.base
+        finally:
+            self._adds = True
+
+    def _adding(self, key: str) -> Any:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:  # noqa: ARG001
+            return output + self.pairs[key](inputs[0]) if self._adds else output
+
+        return hook
 
     def detach(self) -> nn.Module:
         """Take the pairs off; the base as it was."""
@@ -84,10 +100,3 @@ _DOT = "/"
 
 def _key(name: str) -> str:
     return name.replace(".", _DOT)  # ModuleDict takes no dots
-
-
-def _adding(pair: LoraPair) -> Any:
-    def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:  # noqa: ARG001
-        return output + pair(inputs[0])
-
-    return hook

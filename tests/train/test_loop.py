@@ -53,8 +53,10 @@ def stopping_after(num_steps: int, folder: Path) -> Objective:
     return objective
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "adamw8bit"])
 def test_resume_is_bitwise_equal_to_never_stopping(tmp_path: Path, optimizer: str) -> None:
+    if optimizer == "adamw8bit":
+        pytest.importorskip("bitsandbytes")
     config = FitConfig(num_steps=9, learning_rate=1e-2, warmup_steps=2, checkpoint_every=100, optimizer=optimizer)
     straight = make()
     average = fit(straight, OBJECTIVE, config, tmp_path / "straight").state_dict()

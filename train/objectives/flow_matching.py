@@ -78,6 +78,11 @@ class FlowMatching:
 
     def at(self, model: DiffusionTransformer, batch: Batch, sigmas: Tensor, noise: Tensor) -> Tensor:
         """The loss of a batch at given noise levels (B,) and noise like the latents."""
+        velocity = self.velocity(model, batch, sigmas, noise)
+        return mean_error(velocity, (noise - batch.latents.float()).to(velocity.device), batch.image)
+
+    def velocity(self, model: DiffusionTransformer, batch: Batch, sigmas: Tensor, noise: Tensor) -> Tensor:
+        """(B, C, T, H, W) fp32 that the model predicts for a batch at given noise levels and noise."""
         config, weight = dit_of(model).config, dit_of(model).visual_embeddings.in_layer.weight
         device, dtype = weight.device, weight.dtype
         clean, noise, sigmas = batch.latents.to(device).float(), noise.to(device), sigmas.to(device)
@@ -86,10 +91,14 @@ class FlowMatching:
         inputs = model_input(noisy.to(dtype), batch.image, config)
         grid = LatentShape(*clean.shape).token_grid(config.patch_size)
         plan = plan_visual(config, grid, self.rope_scale, self.nabla, device)
-        velocity = model(inputs, 1000 * sigmas, batch.text.trimmed().to(device, dtype), plan).float()
-        error = (velocity - (noise - clean)).square().mean(dim=1, keepdim=True)
-        counted = _not_given(batch.image, error)
-        return (error * counted).sum() / counted.sum().clamp_min(1)
+        return model(inputs, 1000 * sigmas, batch.text.trimmed().to(device, dtype), plan).float()
+
+
+def mean_error(velocity: Tensor, target: Tensor, image: ImageConditioning | None) -> Tensor:
+    """Mean squared error over every frame that is not given."""
+    error = (velocity - target).square().mean(dim=1, keepdim=True)
+    counted = _not_given(image, error)
+    return (error * counted).sum() / counted.sum().clamp_min(1)
 
 
 def _not_given(image: ImageConditioning | None, error: Tensor) -> Tensor:
