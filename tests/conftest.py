@@ -13,10 +13,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 
 def pytest_itemcollected(item):
-    """One worker for the tests that share a server."""
+    """One worker for the tests that share a server, and one for those of training jobs, which mostly wait."""
     # Not in pytest_collection_modifyitems: xdist has read the groups before it comes here.
     if "comfyui" in getattr(item, "fixturenames", ()):
-        item.add_marker(pytest.mark.xdist_group("comfyui"))
+        jobs = any(word in item.path.name for word in ("jobs", "training"))
+        item.add_marker(pytest.mark.xdist_group("comfyui-jobs" if jobs else "comfyui"))
 
 
 def pytest_collection_modifyitems(items):
