@@ -103,11 +103,11 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
 def _add_cache(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     cache = parser.add_argument_group("step cache")
     cache.add_argument("--cache", default="off", help="magcache skips steps that change little (default off)")
-    cache.add_argument("--cache-threshold", type=float, default=0.12, metavar="X",
-                       help="error that skipped steps may add up to; 0 skips none (default 0.12)")  # fmt: skip
+    cache.add_argument("--cache-threshold", type=float, metavar="X", help="error that skipped steps may add up to; 0 "
+                       "skips none (default the variant's; of the released ones 0.12)")  # fmt: skip
     cache.add_argument("--cache-max-skip", type=int, default=2, metavar="K", help="skipped in a row (default 2)")
-    cache.add_argument("--cache-retain", type=float, default=0.2, metavar="R",
-                       help="share of the run, from its beginning, that is computed (default 0.2)")  # fmt: skip
+    cache.add_argument("--cache-retain", type=float, metavar="R", help="share of the run, from its beginning, that is "
+                       "computed (default the variant's; of the released ones 0.2)")  # fmt: skip
     cache.add_argument("--cache-ratios", type=Path, metavar="FILE",
                        help="measured ratios; default those beside the model, else the released ones")  # fmt: skip
     return cache

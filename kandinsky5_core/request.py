@@ -84,9 +84,9 @@ class Request:
     attention: str = "auto"
     cache: str = "off"
     """'magcache' skips steps that change little (`sampling.step_cache`); 'off' computes all."""
-    cache_threshold: float = MagSettings.threshold
+    cache_threshold: float | None = None
     cache_max_skip: int = MagSettings.max_skip
-    cache_retain: float = MagSettings.retain
+    cache_retain: float | None = None
     """As in `MagSettings`."""
     cache_ratios: Path | None = None
     """File of measured ratios; None: the one beside the model, else the released ones."""
@@ -95,7 +95,8 @@ class Request:
 
     def cache_settings(self) -> MagSettings:
         """How much the step cache may skip; raises ValueError where a number is out of range."""
-        return MagSettings(threshold=self.cache_threshold, max_skip=self.cache_max_skip, retain=self.cache_retain)
+        given = {"threshold": self.cache_threshold, "max_skip": self.cache_max_skip, "retain": self.cache_retain}
+        return MagSettings(**{name: value for name, value in given.items() if value is not None})
 
     @property
     def is_partial(self) -> bool:
@@ -151,6 +152,8 @@ def resolve(request: Request, variant: Variant) -> Request:
         num_steps=_or(request.num_steps, defaults.num_steps),
         guidance_scale=_or(request.guidance_scale, defaults.guidance_scale),
         shift=_or(request.shift, defaults.shift),
+        cache_threshold=_or(request.cache_threshold, defaults.cache_threshold),
+        cache_retain=_or(request.cache_retain, defaults.cache_retain),
         negative_prompt=_or(request.negative_prompt, "" if still else defaults.negative_prompt),
         keyframes=keyframe_positions(request.keyframes, num_frames, variant.vae.temporal_ratio),
     )  # fmt: skip
@@ -198,6 +201,8 @@ def settings(request: Request, variant: Variant) -> dict[str, object]:
             value = list(value)
         elif isinstance(value, Path):
             value = str(value)
+        if entry.name in _CACHE and request.cache == "off":
+            continue
         if (value != entry.default and value not in ([], None)) or entry.name in always:
             values[entry.name] = list(value) if isinstance(value, tuple) else value
     nabla = resolve_attention(request.attention, variant.nabla)

@@ -185,12 +185,17 @@ def test_a_skipped_step_adds_the_residual_of_its_own_side() -> None:
         timestep = torch.tensor([1000 * sigma])
         for side, text in enumerate(texts):
             made = dit(x, timestep, text, plan, cache.around(sigma, (side,)))
-            time = dit.time_embeddings(timestep) + dit.pooled_text_embeddings(text.pooled).float()
-            tokens = dit.visual_embeddings(x)
+            seen = {}
+
+            def spy(blocks, tokens, text, time_embed, *rest, seen=seen):
+                seen.update(tokens=tokens, after=blocks(tokens, text, time_embed, *rest), time_embed=time_embed)
+                return seen["after"]
+
+            full = dit(x, timestep, text, plan, spy)
             if step == 0:
-                after = dit.visual_blocks(tokens, dit.refine_text(text.embeds, time, None), time, plan, None)
-                residuals.append(after - tokens)
-            expected = dit.out_layer(tokens + residuals[side], time, plan.grid)
+                residuals.append(seen["after"] - seen["tokens"])
+            assert torch.equal(made, full) == (step == 0)
+            expected = dit.out_layer(seen["tokens"] + residuals[side], seen["time_embed"], plan.grid)
             torch.testing.assert_close(made, expected, atol=1e-6, rtol=1e-5)
     assert (cache.counts.evaluations, cache.counts.skipped) == (4, 2)
     assert not torch.allclose(residuals[0], residuals[1])
@@ -276,7 +281,9 @@ def test_every_task_threshold_0_changes_no_bit_and_more_skips_and_stays_near(cas
     assert not torch.equal(cached.frames, plain.frames)
     assert cached.cache["skipped_share"] > 0.25
     assert (cached.frames - plain.frames).abs().mean() < 0.05
-    assert cached.settings["cache"] == "magcache" and cached.settings["cache_threshold"] == 0.03
+    used = [cached.settings[name] for name in ("cache", "cache_threshold", "cache_max_skip", "cache_retain")]
+    defaults = models.variant.sampling
+    assert used == ["magcache", defaults.cache_threshold, 2, defaults.cache_retain]
     assert "cache" not in plain.settings
 
 
