@@ -27,7 +27,9 @@ from websockets.sync.client import connect
 PACK = Path(__file__).parents[2]
 STARTUP_SECONDS = 180
 SILENT_SECONDS = 300
-"""A prompt that tells nothing for so long has hung; a slow machine alone is no failure."""
+"""A prompt that tells nothing for so long has hung, unless its processes worked; a slow machine alone is no failure."""
+WORKING_SHARE = 0.05
+"""Of a core: less than that over the silence is waiting."""
 PACKED = (
     "__init__.py",
     "kandinsky5_core",
@@ -308,12 +310,31 @@ class ComfyServer:
                 return run
 
     def _next(self, socket_: Any) -> str | bytes:
+        while True:
+            worked = self._cpu_seconds()
+            try:
+                return socket_.recv(timeout=SILENT_SECONDS)
+            except TimeoutError:
+                # A compiler is silent for minutes on a busy machine.
+                if self._cpu_seconds() - worked > WORKING_SHARE * SILENT_SECONDS:
+                    continue
+                raise TimeoutError(f"no message of the prompt in {SILENT_SECONDS} s:\n{self.log()[-3000:]}") from None
+            except ConnectionClosed as error:
+                raise RuntimeError(f"ComfyUI hung up ({self.process.poll()}):\n{self.log()[-3000:]}") from error
+
+    def _cpu_seconds(self) -> float:
+        """Of the server and of what it started."""
         try:
-            return socket_.recv(timeout=SILENT_SECONDS)
-        except TimeoutError:
-            raise TimeoutError(f"no message of the prompt in {SILENT_SECONDS} s:\n{self.log()[-3000:]}") from None
-        except ConnectionClosed as error:
-            raise RuntimeError(f"ComfyUI hung up ({self.process.poll()}):\n{self.log()[-3000:]}") from error
+            server = psutil.Process(self.process.pid)
+            family = [server, *server.children(recursive=True)]
+        except psutil.NoSuchProcess:
+            return 0.0
+        total = 0.0
+        for process in family:
+            with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+                times = process.cpu_times()
+                total += times.user + times.system + times.children_user + times.children_system
+        return total
 
     def _history(self, prompt_id: str) -> dict[str, Any]:
         """The record of a prompt, which is written just after its end is told."""
