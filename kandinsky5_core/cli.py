@@ -54,6 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_info(commands)
     _add_convert(commands)
     _add_score(commands)
+    _add_bench(commands)
     _add_lora(commands)
     _add_soup(commands)
     return parser
@@ -88,6 +89,10 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch", type=int, default=1, help="results, with consecutive seeds and numbered files")
     parser.add_argument("--attention", default="auto", help="auto, dense or nabla (default auto: as trained)")
+    parser.add_argument("--engine", default="auto", help="for dense attention: sdpa, flash, flash3 or sage (default "
+                        "auto: the fastest exact one)")  # fmt: skip
+    parser.add_argument("--batch-guidance", default="auto", help="both passes of guidance at once: on, off or auto")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the DiT's blocks; once for all sizes")
     _add_cache(parser).add_argument(
         "--calibrate-cache", nargs="?", const="", metavar="FILE",
         help="make this result without a cache, measure the model's ratios in it and save them in FILE, by default "
@@ -166,6 +171,38 @@ def _add_score(commands: argparse._SubParsersAction) -> None:
     _add_cache(parser)
     parser.add_argument("--json", action="store_true")
     parser.set_defaults(run=_score)
+
+
+def _add_bench(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("bench", help="measure time and memory of each stage on this machine")
+    parser.add_argument("--variant", default="lite-t2v-5s-sft", help="sizes to measure (default lite-t2v-5s-sft)")
+    parser.add_argument("--stage", nargs="+", metavar="NAME", help="text, dit, vae_encode, vae_decode, load (default "
+                        "these) and attention (NABLA beside dense)")  # fmt: skip
+    parser.add_argument("--height", type=int, help="pixels (default the variant's)")
+    parser.add_argument("--width", type=int)
+    parser.add_argument("--frames", type=int, help="4k+1")
+    parser.add_argument("--sizes", nargs="+", metavar="HxWxF", help="several sizes instead, such as 512x768x121")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps, ... (default cpu)")
+    parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), help="default bf16, on the CPU fp32")
+    parser.add_argument("--threads", type=int, help="CPU threads (default torch's own choice)")
+    parser.add_argument("--repeats", type=int, default=5, help="counted runs, after one that is not (default 5)")
+    parser.add_argument("--random-weights", action="store_true", help="also for an embedded model; default for others")
+    parser.add_argument("--model", help="DiT file or folder of that variant")
+    parser.add_argument("--vae", help="VAE file or folder")
+    parser.add_argument("--blocks", type=int, help="visual blocks to measure, at full width (default all)")
+    parser.add_argument("--text-layers", type=int, help="layers of Qwen2.5-VL 7B to measure (default all 28)")
+    parser.add_argument("--text-tokens", type=int, default=128, help="tokens of the prompt (default 128)")
+    parser.add_argument("--attention", default="auto", help="auto, dense or nabla (default auto: as trained)")
+    parser.add_argument("--engine", default="auto", help="for dense attention: auto, sdpa, flash, flash3 or sage")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the DiT's blocks")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 16384], help="stage attention: lengths")
+    parser.add_argument("--heads", type=int, help="stage attention (default the variant's, on the CPU 4)")
+    parser.add_argument("--sparsity", type=float, default=0.9, help="stage attention: blocks dropped (default 0.9)")
+    parser.add_argument("--against", help="diffusers: its classes with the same weights, in turns with ours")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the figures as JSON")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw them (.png; needs matplotlib)")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.set_defaults(run=_bench)
 
 
 def _add_lora(commands: argparse._SubParsersAction) -> None:
@@ -257,6 +294,13 @@ def _score(args: argparse.Namespace) -> None:
 
     options = {} if args.cache == "off" else cache_options(args)
     _say(args, score_nano(count=args.n, seed=args.seed, task=args.task, models=args.model, options=options))
+
+
+def _bench(args: argparse.Namespace) -> None:
+    from .bench.run import bench_command, bench_table
+
+    report = bench_command(args)
+    print(json.dumps(report, indent=1) if args.json else bench_table(report))
 
 
 def _say(args: argparse.Namespace, values: dict[str, object]) -> None:

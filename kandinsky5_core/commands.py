@@ -14,10 +14,12 @@ from pathlib import Path
 from torch import Tensor
 from tqdm import tqdm
 
-from .loading import DTYPES, ModelFiles, check_device, find_files, load_files
+from .attention.engines import probe_engines
+from .loading import DTYPES, ModelFiles, check_device, find_files, load_files, resolve_dtype
 from .media import check_output, read_image, read_video, write_image, write_video
+from .memory.apply import compile_blocks
 from .memory.peak import peak_memory_bytes
-from .pipeline import Models, Result, fitting_variant, generate
+from .pipeline import Models, Result, choose_engine, fitting_variant, generate
 from .request import NO_OUTPAINT, Request, resolve
 from .sampling.cache_calibration import Calibration, check_calibration
 from .sampling.samplers import OnStep
@@ -36,7 +38,7 @@ SNAP = 16 / 255
 
 def generate_command(args: argparse.Namespace) -> dict[str, object]:
     """Check everything, then load, generate and write."""
-    check_device(args.device)
+    device = check_device(args.device)
     files = find_files(
         args.model, text_encoder=args.text_encoder, clip=args.clip, vae=args.vae, tokenizers=args.tokenizers,
         variant_name=args.variant,
@@ -48,6 +50,7 @@ def generate_command(args: argparse.Namespace) -> dict[str, object]:
     if request.cache_ratios is not None:
         find_ratios(files.variant, files.dit, request.cache_ratios)
     calibrated = None if args.calibrate_cache is None else calibration_path(args.calibrate_cache, files, request)
+    choose_engine(request, files.variant, probe_engines(device), resolve_dtype(args.dtype, device))
     paths = output_paths(args.out, request.batch)
     for path in paths:
         check_output(path, request.num_frames, height=request.height, width=request.width)
@@ -55,6 +58,8 @@ def generate_command(args: argparse.Namespace) -> dict[str, object]:
     began = time.perf_counter()
     models = load_files(files, device=args.device, dtype=args.dtype, lm_head=args.enhance)
     load_seconds = round(time.perf_counter() - began, 3)
+    if args.compile:
+        compile_blocks(models.dit)
     if args.enhance:
         request = enhanced(models.text_encoder, request)
     calibration = Calibration(request.shift) if calibrated is not None else None
@@ -143,6 +148,8 @@ def request_of(args: argparse.Namespace, task: str) -> Request:
         seed=args.seed,
         batch=args.batch,
         attention=args.attention,
+        attention_engine=args.engine,
+        batch_guidance=args.batch_guidance,
         **cache_options(args),
         vae_budget_bytes=int(args.vae_budget * 2**30),
     )

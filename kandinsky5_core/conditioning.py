@@ -19,6 +19,12 @@ class TextConditioning:
     """(B, 768) CLIP pooled output."""
     mask: torch.Tensor
     """(B, L) bool, True for real tokens."""
+    full: bool | None = None
+    """Nothing is padded; None where nobody has looked (on an accelerator looking waits for it)."""
+
+    def is_full(self) -> bool:
+        """Nothing is padded."""
+        return bool(self.mask.all()) if self.full is None else self.full
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> TextConditioning:
         """The same on another device, floats in `dtype`."""
@@ -30,7 +36,8 @@ class TextConditioning:
         """Without the columns that are padding in every row: exact, since padded keys are masked out."""
         used = self.mask.any(dim=0).nonzero()
         length = int(used.max()) + 1 if len(used) else 1
-        return replace(self, embeds=self.embeds[:, :length], mask=self.mask[:, :length])
+        mask = self.mask[:, :length]
+        return replace(self, embeds=self.embeds[:, :length], mask=mask, full=bool(mask.all()))
 
     def repeat(self, count: int) -> TextConditioning:
         """Each row `count` times, for a batch of clips of one prompt."""

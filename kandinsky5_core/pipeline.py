@@ -11,11 +11,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from .attention.engines import ChosenEngine, Engines, probe_engines
 from .attention.nabla import resolve_attention
 from .caching import choose_cache
 from .canvas import extend_edges
@@ -27,6 +29,7 @@ from .dit.plan import plan_visual
 from .inputs import Inputs, encode_inputs
 from .request import Request, resolve, settings
 from .sampling.guidance import GUIDANCE_OFF, guided_velocity, hold_given
+from .sampling.guidance_batch import batches_guidance
 from .sampling.noise import initial_noise
 from .sampling.samplers import SAMPLERS, OnStep
 from .sampling.schedule import flow_schedule
@@ -57,6 +60,11 @@ class Models:
     """Short content hash of the DiT's file."""
     weights: Path | None = None
     """The DiT's file or folder; calibrated cache ratios lie beside it."""
+
+    @cached_property
+    def engines(self) -> Engines:
+        """The attention engines of the device, probed at the first call."""
+        return probe_engines(self.device)
 
     @contextmanager
     def on_device(self, model: nn.Module | TextEncoder) -> Iterator[None]:
@@ -111,6 +119,7 @@ def generate(
     if not models.variant_named:
         models = replace(models, variant=fitting_variant(request, models.variant))
     request = resolve(request, models.variant)
+    choose_engine(request, models.variant, models.engines, models.dtype)
     clock = Clock()
     chosen = choose_cache(request, models.variant, models.weights)
     if chosen is not None and chosen.off is not None:
@@ -129,7 +138,7 @@ def generate(
     else:
         frames = make(request)
     return Result(
-        frames=frames, settings=settings(request, models.variant), seconds=clock.seconds,
+        frames=frames, settings={**settings(request, models.variant), **clock.told}, seconds=clock.seconds,
         cache={} if chosen is None else chosen.told(),
     )  # fmt: skip
 
@@ -147,7 +156,9 @@ def run(
         with clock.stage("vae_encode"), models.on_device(models.vae):
             inputs = encode_inputs(models, request, latent_shape)
     with clock.stage("dit"), models.on_device(models.dit):
-        latents = sample_latents(models, request, latent_shape, positive, negative, inputs, on_step, new_cache)
+        latents = sample_latents(
+            models, request, latent_shape, positive, negative, inputs, on_step, new_cache, clock.told
+        )
     with clock.stage("vae_decode"), models.on_device(models.vae):
         return inputs.finish(decode_frames(models, latents, request.vae_budget_bytes))
 
@@ -182,26 +193,45 @@ def shown_image(request: Request) -> Tensor:
 def sample_latents(
     models: Models, request: Request, latent_shape: LatentShape, positive: TextConditioning,
     negative: TextConditioning | None, inputs: Inputs | None = None, on_step: OnStep | None = None,
-    new_cache: NewCache | None = None,
+    new_cache: NewCache | None = None, told: dict[str, object] | None = None,
 ) -> Tensor:  # fmt: skip
     """Scaled latents (B, C, T, h, w) fp32 from noise, or from what is given with noise on it.
 
-    `new_cache` makes the step cache of this run; without it every step is computed.
+    `new_cache` makes the step cache of this run; without it every step is computed. What was decided on the way goes
+    into `told`.
     """
     inputs, variant = inputs or Inputs(), models.variant
     nabla = resolve_attention(request.attention, variant.nabla)
     grid = latent_shape.token_grid(variant.dit.patch_size)
-    plan = plan_visual(variant.dit, grid, variant.rope_scale, nabla, models.device)
+    engine = choose_engine(request, variant, models.engines, models.dtype)
+    plan = plan_visual(variant.dit, grid, variant.rope_scale, nabla, models.device, engine.attend)
+    batched = batches_guidance(
+        request.batch_guidance, variant.dit, grid, batch=request.batch, dtype=models.dtype, device=models.device
+    )
     noise = latents = initial_noise(latent_shape, request.seed).to(models.device)
     sigmas = flow_schedule(request.num_steps, request.shift, request.denoise)
     cache = None if new_cache is None else new_cache(sigmas.tolist())
     sigmas = sigmas.to(models.device)
-    velocity_fn = guided_velocity(models.dit, positive, negative, request.guidance_scale, plan, inputs.image, cache)
+    velocity_fn = guided_velocity(
+        models.dit, positive, negative, request.guidance_scale, plan, inputs.image, cache, batched=batched
+    )
     if inputs.partial is not None:
         velocity_fn = inputs.partial.restrict(velocity_fn, noise, request.shift)
         latents = inputs.partial.start(noise, sigmas[0])
     latents = SAMPLERS[request.sampler](velocity_fn, latents, sigmas, on_step)
+    if told is not None:
+        told["attention_engine"] = engine.told if plan.nabla is None else plan.nabla.told
+        told["guidance_batched"] = batched and negative is not None
     return hold_given(latents, inputs.image)
+
+
+def choose_engine(request: Request, variant: Variant, engines: Engines, dtype: torch.dtype) -> ChosenEngine:
+    """The engine for dense attention that the request names.
+
+    Raises:
+        ValueError: it cannot be used here; names the package.
+    """
+    return engines.choose(request.attention_engine, head_dim=variant.dit.head_dim, dtype=dtype)
 
 
 def decode_frames(models: Models, latents: Tensor, budget_bytes: int) -> Tensor:
@@ -223,6 +253,8 @@ class Clock:
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+        self.told: dict[str, object] = {}
+        """What was decided on the way, for the settings."""
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:

@@ -10,10 +10,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .attention.engines import ENGINE_NAMES
 from .attention.nabla import resolve_attention
 from .canvas import Canvas, check_ratio, check_side, cover, keep, kept_size
 from .config import Variant
 from .masks import check_mask, grow
+from .sampling.guidance_batch import BATCH_CHOICES
 from .sampling.samplers import SAMPLERS
 from .sampling.schedule import flow_schedule
 from .sampling.step_cache import CACHES, MagSettings
@@ -82,6 +84,10 @@ class Request:
     batch: int = 1
     """Results from one prompt with consecutive seeds."""
     attention: str = "auto"
+    attention_engine: str = "auto"
+    """What computes dense attention, of `attention.engines.ENGINE_NAMES`; auto takes the fastest exact one."""
+    batch_guidance: str = "auto"
+    """The positive and the negative pass as one batch: 'on', 'off', or 'auto' (small clips on an accelerator)."""
     cache: str = "off"
     """'magcache' skips steps that change little (`sampling.step_cache`); 'off' computes all."""
     cache_threshold: float | None = None
@@ -228,6 +234,8 @@ def _check_options(request: Request, variant: Variant) -> None:
         ("task", request.task, variant.tasks), ("sampler", request.sampler, tuple(SAMPLERS)),
         ("attention", request.attention, ATTENTIONS), ("fit", request.fit, (None, *FITS)),
         ("edit_template", request.edit_template, tuple(EDIT_TEMPLATES)), ("cache", request.cache, CACHES),
+        ("attention_engine", request.attention_engine, ENGINE_NAMES),
+        ("batch_guidance", request.batch_guidance, BATCH_CHOICES),
     ):  # fmt: skip
         if value not in known:
             what = f"{name} '{value}'" + (f" with {variant.name}" if name == "task" else "")

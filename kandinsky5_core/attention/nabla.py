@@ -52,6 +52,8 @@ class NablaAttention:
         self.tokens = token_blocks(grid, device)
         self.window = window_mask(self.tokens.blocks, config.window, device)
         self._use_flex: dict[bool, bool] = {}
+        self.told = "nabla (not used yet)"
+        """The path of the last call and why, for the output."""
 
     @property
     def token_mask(self) -> Tensor | None:
@@ -94,10 +96,12 @@ class NablaAttention:
         use = f"NABLA {'with' if wants_grad else 'without'} gradients on {q.device.type}"
         if self.path == "gather":
             logger.info("%s: gathered token blocks, as asked", use)
+            self.told = "nabla: gathered token blocks (as asked)"
             return False
         padded = self.token_mask is not None
         limit = flex_limit(q.device, padded=padded, wants_grad=wants_grad)
         problem = limit or probe_flex(q, padded=padded, wants_grad=wants_grad)
+        self.told = "nabla: compiled FlexAttention" if problem is None else f"nabla: gathered token blocks ({problem})"
         if problem is None:
             logger.info("%s: compiled FlexAttention", use)
         elif self.path == "flex":

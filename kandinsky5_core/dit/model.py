@@ -18,7 +18,7 @@ from ..config import DiTConfig
 from .blocks import TextBlock, VisualBlock
 from .embeddings import OutLayer, TextEmbeddings, TimeEmbeddings, VisualEmbeddings
 from .plan import VisualPlan
-from .rope import rope_table, text_angles
+from .rope import Rope, rope_table, text_angles
 
 VisualBlocks = Callable[[Tensor, Tensor, Tensor, VisualPlan, Tensor | None], Tensor]
 """(tokens, text, time_embed, plan, text_mask) -> tokens; `DiffusionTransformer.visual_blocks`."""
@@ -62,9 +62,10 @@ class DiffusionTransformer(nn.Module):
         Returns:
             (B, out_visual_dim, T, H, W) in the dtype of `latents`.
         """
-        text_mask = None if bool(text.mask.all()) else text.mask
+        text_mask = None if text.is_full() else text.mask
         time_embed = self.time_embeddings(timestep) + self.pooled_text_embeddings(text.pooled).float()
-        text_tokens = self.refine_text(text.embeds, time_embed, text_mask)
+        rope = plan.text_rope(text.embeds.shape[1], self.config.head_dim, text.embeds.device)
+        text_tokens = self.refine_text(text.embeds, time_embed, text_mask, rope)
         tokens = self.visual_embeddings(latents)
         if plan.nabla is not None:
             tokens = plan.nabla.reorder(tokens)
@@ -74,10 +75,16 @@ class DiffusionTransformer(nn.Module):
             tokens = plan.nabla.restore(tokens)
         return self.out_layer(tokens, time_embed, plan.grid).to(latents.dtype)
 
-    def refine_text(self, embeds: Tensor, time_embed: Tensor, text_mask: Tensor | None) -> Tensor:
-        """(B, L, in_text_dim) to the (B, L, D) that the visual blocks attend to; depends on the timestep."""
+    def refine_text(
+        self, embeds: Tensor, time_embed: Tensor, text_mask: Tensor | None, rope: Rope | None = None
+    ) -> Tensor:
+        """(B, L, in_text_dim) to the (B, L, D) that the visual blocks attend to.
+
+        The time embedding modulates these blocks, so the text's keys and values change every step: they cannot be
+        kept from one step to the next.
+        """
         tokens = self.text_embeddings(embeds)
-        rope = rope_table(text_angles(embeds.shape[1], self.config.head_dim, embeds.device))
+        rope = rope or rope_table(text_angles(embeds.shape[1], self.config.head_dim, embeds.device))
         for block in self.text_transformer_blocks:
             tokens = block(tokens, time_embed, rope, text_mask)
         return tokens

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from ..attention.dense import AttentionFn, dense_attention
 from ..attention.nabla import NablaAttention
 from ..config import DiTConfig, NablaConfig
-from .rope import Rope, rope_table, visual_angles
+from .rope import Rope, rope_table, text_angles, visual_angles
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,19 +21,32 @@ class VisualPlan:
     rope: Rope
     nabla: NablaAttention | None
     """Sparse attention, with tokens in block order; None for dense attention in row-major order."""
+    dense: AttentionFn = dense_attention
+    """The engine for dense attention among visual tokens; that to the text is short and may be masked: PyTorch's."""
+    text_ropes: dict[tuple[int, torch.device], Rope] = field(default_factory=dict, repr=False)
+    """Rotary tables of texts by length, as far as this run has needed them."""
 
     @property
     def attention(self) -> AttentionFn:
-        return dense_attention if self.nabla is None else self.nabla
+        """What the visual tokens use among themselves."""
+        return self.dense if self.nabla is None else self.nabla
+
+    def text_rope(self, length: int, head_dim: int, device: torch.device) -> Rope:
+        """The table of text positions 0..length-1; made at the first call."""
+        key = (length, device)
+        if key not in self.text_ropes:
+            self.text_ropes[key] = rope_table(text_angles(length, head_dim, device))
+        return self.text_ropes[key]
 
 
 def plan_visual(
     config: DiTConfig, grid: tuple[int, int, int], rope_scale: tuple[float, float, float],
-    nabla: NablaConfig | None = None, device: torch.device | str = "cpu",
+    nabla: NablaConfig | None = None, device: torch.device | str = "cpu", dense: AttentionFn = dense_attention,
 ) -> VisualPlan:  # fmt: skip
-    """The plan for clips of `grid` tokens."""
+    """The plan for clips of `grid` tokens; `dense` is an engine of `attention.engines`."""
     angles = visual_angles(grid, config.axes_dims, rope_scale, device)
     if nabla is None:
-        return VisualPlan(grid=grid, rope=rope_table(angles), nabla=None)
+        return VisualPlan(grid=grid, rope=rope_table(angles), nabla=None, dense=dense)
     sparse = NablaAttention(nabla, grid, device=device)
-    return VisualPlan(grid=grid, rope=rope_table(sparse.reorder(angles[None])[0]), nabla=sparse)
+    rope = rope_table(sparse.reorder(angles[None])[0])
+    return VisualPlan(grid=grid, rope=rope, nabla=sparse, dense=dense)

@@ -1,9 +1,9 @@
-"""Dense attention: the formula, key masks, and the choice of engines."""
+"""Dense attention: the formula and key masks."""
 
 import pytest
 import torch
 
-from kandinsky5_core.attention.dense import attention_engine, available_engines, dense_attention
+from kandinsky5_core.attention.dense import dense_attention
 
 
 def softmax_attention(q, k, v, keep):
@@ -30,15 +30,3 @@ def test_masked_keys_do_not_matter():
     key_mask = torch.tensor([[True, True, True, True, False, False]])
     expected = dense_attention(q, k[:, :, :4], v[:, :, :4])
     torch.testing.assert_close(dense_attention(q, k, v, key_mask), expected)
-
-
-def test_only_sdpa_runs_on_cpu():
-    assert available_engines("cpu") == ("sdpa",)
-    assert "sdpa" in available_engines("cuda")
-    assert attention_engine("sdpa") is dense_attention
-
-
-@pytest.mark.parametrize(("name", "problem"), [("flash2", "not for this device"), ("warp", "unknown")])
-def test_unusable_engine_is_refused_with_the_usable_ones(name, problem):
-    with pytest.raises(ValueError, match=rf"'{name}' is .*{problem}.*sdpa"):
-        attention_engine(name, "cpu")
