@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= outputs/demo
+TRAIN_OUT ?= outputs/demo-train
 
-.PHONY: demo test test-comfyui lint clean
+.PHONY: demo demo-train test test-comfyui lint clean
 
 $(VENV)/.installed: pyproject.toml requirements.txt constraints-dev.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -14,6 +15,10 @@ $(VENV)/.installed: pyproject.toml requirements.txt constraints-dev.txt
 
 demo: $(VENV)/.installed
 	$(BIN)/kandinsky5 demo --out $(OUT)
+
+# Teaches nano-video a shape and a colour and makes a soup of both; TRAIN_FLAGS=--star-only for the shape alone.
+demo-train: $(VENV)/.installed
+	$(BIN)/python -m train.recipes.nano_concepts --out $(TRAIN_OUT) $(TRAIN_FLAGS)
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n auto --dist loadgroup

@@ -13,8 +13,8 @@ from kandinsky5_core.nano.language import BACKGROUNDS, COLORS, TAUGHT_COLORS
 from kandinsky5_core.nano.recognise import recognise
 from kandinsky5_core.pipeline import Models
 from kandinsky5_core.weights.soup import Part, soup
-from tests.train.test_lora import randomised, velocity
 from tests.train.test_loop import OBJECTIVE, batches
+from tests.train.test_lora import randomised, velocity
 from train.config import FitConfig, LoraConfig
 from train.objectives.flow_matching import FlowMatching
 from train.objectives.preservation import Preserving
