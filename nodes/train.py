@@ -267,6 +267,11 @@ class K5TrainingSettings(io.ComfyNode):
                 io.Int.Input(
                     "threads", default=0, min=0, max=512, optional=True, advanced=True, tooltip="CPU threads; 0: all."
                 ),
+                io.Float.Input(
+                    "least_strength", default=1.0, min=0.1, max=1.0, step=0.05, optional=True, advanced=True,
+                    tooltip="Below 1 a LoRA trains at random strengths from this to 1, so that it also works weakened; "
+                    "0.5 for a soup of two.",
+                ),
             ],
             outputs=[SETTINGS.Output(display_name="settings")],
         )  # fmt: skip
@@ -283,6 +288,7 @@ class K5TrainingSettings(io.ComfyNode):
                 rank=rank, alpha=rare.get("alpha") or float(rank), dropout=rare.get("dropout", 0.0),
                 targets=tuple(filter(None, (part.strip() for part in targets.split(",")))) or TARGETS,
                 rank_stabilised=rare.get("rank_stabilised", False),
+                least_strength=rare.get("least_strength", 1.0),
             )  # fmt: skip
         base = rare.get("base_weights", "as loaded")
         return io.NodeOutput(

@@ -83,12 +83,17 @@ class LoraConfig:
     """Endings of the names of the layers that get one."""
     rank_stabilised: bool = False
     """Scale by alpha / sqrt(rank) (rsLoRA) instead of alpha / rank."""
+    least_strength: float = 1.0
+    """Below 1 each step trains at a random strength from this to 1. Such a LoRA also works where it is weakened: in a
+    soup of two at half its strength."""
 
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise ValueError(f"LoRA rank must be at least 1, got {self.rank}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"LoRA dropout must be from 0 to below 1, got {self.dropout}")
+        if not 0 < self.least_strength <= 1:
+            raise ValueError(f"LoRA least_strength must be above 0 and at most 1, got {self.least_strength}")
         if not self.targets:
             raise ValueError("LoRA targets is empty; name at least one ending of a layer's name")
 

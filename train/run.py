@@ -33,8 +33,9 @@ from .data.cache import Hashes, build_cache, encode_caption
 from .data.dataset import Batches, EncodeText
 from .data.scan import ScanReport, scan
 from .jobs import CACHE, EXIT_CODES, RESULT, SCAN, Job, device_turn
-from .loop import Stopped, check_distribution, fit
+from .loop import Objective, Stopped, check_distribution, fit
 from .objectives.flow_matching import FlowMatching
+from .objectives.strengths import AtStrengths
 from .progress import JobWatcher, StopSignals
 from .trainable import WithLora, lora_tensors
 from .validation import Interrupted, Validation, prepare, sample_request
@@ -167,7 +168,7 @@ def _train(job: Job, config: JobConfig, watcher: JobWatcher, accelerator: Accele
     )  # fmt: skip
     watcher.on_saved = setup.keep_result
     try:
-        average = fit(model, objective, config.fit, job.folder, watcher, accelerator)
+        average = fit(model, setup.strengths(objective), config.fit, job.folder, watcher, accelerator)
     except Stopped:
         if accelerator.is_main_process:
             setup.write_stopped()
@@ -262,6 +263,11 @@ class Setup:
         count = sum(parameter.numel() for parameter in model.parameters())
         log.info("%s: %s million weights move", self.variant.name, f"{count / 1e6:,.2f}")
         return model, replace(models, dit=dit)
+
+    def strengths(self, objective: Objective) -> Objective:
+        """What is minimised, at the strengths of the LoRA that were asked for."""
+        least = 1.0 if self.config.lora is None else self.config.lora.least_strength
+        return objective if least == 1 else AtStrengths(objective, least)
 
     def nabla(self) -> object:
         """Attention of the training forward."""

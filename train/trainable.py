@@ -53,6 +53,8 @@ class WithLora(nn.Module):
         pairs = {_key(name): LoraPair(linear, config, generator) for name, linear in linears.items()}
         self.pairs = nn.ModuleDict(pairs)
         self._adds = True
+        self.strength = 1.0
+        """Of the pairs while training; in eval mode they count whole."""
         self._hooks = [linear.register_forward_hook(self._adding(_key(name))) for name, linear in linears.items()]
 
     @property
@@ -75,7 +77,10 @@ class WithLora(nn.Module):
 
     def _adding(self, key: str) -> Any:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:  # noqa: ARG001
-            return output + self.pairs[key](inputs[0]) if self._adds else output
+            if not self._adds:
+                return output
+            added = self.pairs[key](inputs[0])
+            return output + (self.strength * added if self.training and self.strength != 1 else added)
 
         return hook
 
@@ -84,6 +89,12 @@ class WithLora(nn.Module):
         for hook in self._hooks:
             hook.remove()
         return self.base
+
+
+def lora_of(model: nn.Module) -> WithLora | None:
+    """The LoRA inside accelerate's wrapper; None where all weights move."""
+    model = getattr(model, "module", model)
+    return model if isinstance(model, WithLora) else None
 
 
 def lora_tensors(weights: dict[str, Tensor]) -> dict[str, Tensor]:

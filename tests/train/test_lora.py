@@ -6,11 +6,13 @@ import pytest
 import torch
 
 from kandinsky5_core.dit.plan import plan_visual
+from kandinsky5_core.memory.apply import checkpoint_blocks
 from kandinsky5_core.weights import lora_tools
 from kandinsky5_core.weights.lora import read_lora
 from tests.train.test_loop import CONFIG, OBJECTIVE, batches, make
 from train.config import FitConfig, LoraConfig
 from train.loop import fit
+from train.objectives.strengths import AtStrengths
 from train.trainable import WithLora, lora_tensors
 
 LORA = LoraConfig(rank=4, alpha=8.0)
@@ -91,3 +93,46 @@ def test_bad_settings_are_named() -> None:
     with pytest.raises(ValueError, match="no linear layer of the model ends with nothing"):
         WithLora(make(), LoraConfig(targets=("nothing",)))
     assert LoraConfig(rank=16, alpha=8, rank_stabilised=True).scale == 2.0
+
+
+def _moved(least: float = 1.0, scale: float = 1.0, base: torch.nn.Module | None = None) -> WithLora:
+    config = LoraConfig(rank=4, alpha=8.0, least_strength=least)
+    adapted = WithLora(base or randomised(), config, torch.Generator().manual_seed(0))
+    for pair in adapted.pairs.values():
+        pair.lora_B.data = scale * torch.randn(pair.lora_B.shape, generator=torch.Generator().manual_seed(4)) * 0.1
+    return adapted
+
+
+def test_a_weakened_lora_trains_as_one_with_smaller_matrices_and_samples_whole() -> None:
+    adapted, whole, weak = _moved(), velocity(_moved()), velocity(_moved(scale=0.6))
+    adapted.strength = 0.6
+    torch.testing.assert_close(velocity(adapted.train()), weak)
+    assert torch.equal(velocity(adapted.eval()), whole)
+    assert not torch.allclose(weak, whole)
+
+
+def test_strengths_are_drawn_anew_each_step_within_their_range() -> None:
+    adapted, drawn = _moved().train(), []
+    objective = AtStrengths(OBJECTIVE, 0.4)
+    for index in range(40):
+        weakened = objective(adapted, index, torch.Generator().manual_seed(index))["loss"]
+        drawn.append(adapted.strength)
+        again = objective(adapted, index, torch.Generator().manual_seed(index))["loss"]
+        assert torch.equal(weakened, again) and adapted.strength == drawn[-1]
+    assert 0.4 <= min(drawn) < 0.5 and 0.9 < max(drawn) <= 1
+    with pytest.raises(ValueError, match="for a LoRA: where all weights move there is no strength"):
+        objective(randomised(), 0, torch.Generator())
+    with pytest.raises(ValueError, match="least_strength must be above 0 and at most 1, got 0"):
+        LoraConfig(least_strength=0)
+
+
+def test_the_backward_pass_recomputes_at_the_strength_of_its_step() -> None:
+    gradients = []
+    for checkpointed in (False, True):
+        base = randomised()
+        if checkpointed:
+            checkpoint_blocks(base)
+        adapted = _moved(base=base).train()
+        AtStrengths(OBJECTIVE, 0.3)(adapted, 0, torch.Generator().manual_seed(5))["loss"].backward()
+        gradients.append([parameter.grad.clone() for parameter in adapted.parameters()])
+    assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-8) for a, b in zip(*gradients, strict=True))

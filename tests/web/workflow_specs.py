@@ -323,7 +323,7 @@ def _soup() -> dict[str, dict[str, Any]]:
         "2": node("K5EncodePrompts", clip=["1", 1], positive="a big turquoise star on a black background", negative=""),
         "3": node("K5EmptyLatent", model=["1", 0]),
         "22": node("K5TrainingSettings", what="LoRA", rank=16, ema_decay=0.98, gradient_checkpointing=False, steps=40,
-                   learning_rate=1e-3, warmup_steps=10),
+                   learning_rate=1e-3, warmup_steps=10, least_strength=0.5),
     }  # fmt: skip
     for base, domain in ((20, "star"), (30, "turquoise")):
         nodes |= {

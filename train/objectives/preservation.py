@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..trainable import WithLora
+from ..trainable import WithLora, lora_of
 from .flow_matching import Batch, FlowMatching, mean_error, sample_sigmas
 
 
@@ -44,12 +44,11 @@ class Preserving:
 
 
 def _with_lora(model: nn.Module) -> WithLora:
-    """The LoRA inside accelerate's wrapper.
-
+    """
     Raises:
         ValueError: all weights move, so that the model as it was is gone.
     """
-    model = getattr(model, "module", model)
-    if not isinstance(model, WithLora):
+    lora = lora_of(model)
+    if lora is None:
         raise ValueError("old answers can be kept with a LoRA only: where all weights move there is no model as it was")
-    return model
+    return lora
