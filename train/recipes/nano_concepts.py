@@ -43,16 +43,20 @@ from ..data.rows import RowBatches
 from ..loop import fit
 from ..objectives.flow_matching import FlowMatching
 from ..objectives.preservation import Preserving
+from ..objectives.strengths import AtStrengths
 from ..trainable import WithLora, lora_tensors
 from .drawn_data import NUM_SAMPLES, star, turquoise
 
-LORA = LoraConfig(rank=64, alpha=64.0)
+LORA = LoraConfig(rank=64, alpha=64.0, least_strength=0.5)
+"""At the half that a soup of two gives it, it has to work as well."""
 FIT = FitConfig(
     num_steps=600, learning_rate=6e-3, optimizer="muon", warmup_steps=20, ema_decay=0.99, checkpoint_every=200, seed=80
 )
-NEW_ROWS, OLD_ROWS = 12, 6
+NEW_ROWS, OLD_ROWS = 12, 10
 """Of each step: clips of the concept, and of what the model knew before."""
-NUM_RECALLED, RECALL_STEPS = 96, 10
+KEEP = 4.0
+"""Weight of staying with the old answers."""
+NUM_RECALLED, RECALL_STEPS = 192, 10
 """Clips of the old language that the model makes for itself, and sampling steps for each."""
 PLACES = 9
 """Copies of each clip with the shape elsewhere in the frame: 24 places alone are learned by heart."""
@@ -114,7 +118,9 @@ def material(models: Models, clips: Sequence[tuple[str, Tensor]], seed: int) -> 
     encode, length = models.text_encoder.encode, models.variant.max_text_tokens
     texts = [encode([caption], task="t2v", max_tokens=length).trimmed() for caption, _ in clips]
     empty = encode([""], task="t2v", max_tokens=length).trimmed()
-    return RowBatches(torch.cat(latents), joined([*(text.repeat(1 + PLACES) for text in texts), empty]), NEW_ROWS)
+    conditioning = joined([*(text.repeat(1 + PLACES) for text in texts), empty])
+    # Shown without captions, 24 clips alike would move what guidance pushes away from.
+    return RowBatches(torch.cat(latents), conditioning, NEW_ROWS, caption_dropout=0.0)
 
 
 def known_prompts(count: int, seed: int) -> list[str]:
@@ -132,7 +138,8 @@ def teach(models: Models, concept: Concept, file: Path, config: FitConfig = FIT)
     old = recall(models, prompts, num_steps=RECALL_STEPS, seed=config.seed + 1, batch_size=OLD_ROWS)
     recalled = time.perf_counter()
     variant = models.variant
-    objective = Preserving(FlowMatching(new, variant.rope_scale, shift=variant.sampling.shift), old)
+    flow = FlowMatching(new, variant.rope_scale, shift=variant.sampling.shift)
+    objective = AtStrengths(Preserving(flow, old, weight=KEEP), LORA.least_strength)
     adapted = WithLora(models.dit, LORA, torch.Generator().manual_seed(config.seed))
     run = file.parent / f"{file.stem}-run"
     try:
@@ -212,7 +219,7 @@ def demo_train(out: Path, concepts: Sequence[Concept], *, count: int, seed: int,
         rows[name] = scores.of(with_lora(models, files[concept.word]), name, sheet)
     if len(concepts) > 1:
         soup([Part.of(file) for file in files.values()], out / "soup.safetensors")
-        # The average has each LoRA at its share; at this strength each is whole again.
+        # Its average has each LoRA at its share; at the second strength each is whole again.
         for strength in (1.0, float(len(concepts))):
             name = f"soup at strength {strength:g}"
             rows[name] = scores.of(with_lora(models, out / "soup.safetensors", strength), name, sheet)
