@@ -8,8 +8,11 @@ import torch
 REASON = "no ComfyUI at $COMFYUI_PATH or ~/comfy/ComfyUI"
 
 if "PYTEST_XDIST_WORKER" in os.environ:
-    # Several workers with as many threads each would wait for one another.
+    # Several workers with as many threads each would wait for one another; and so would the processes that they start:
+    # threads of OpenMP wait by computing.
     torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "2")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def pytest_itemcollected(item):

@@ -20,7 +20,7 @@ def test_in_comfyui(comfyui, check, tmp_path):
         [comfyui_python(comfyui), str(SCRIPT), str(comfyui), str(PACK), check, str(tmp_path)],
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=3600,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
