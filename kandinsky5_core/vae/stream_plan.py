@@ -8,9 +8,11 @@ as much margin as its convolutions reach, so nothing is blended.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from ..config import VAEConfig
 from ..shapes import LatentShape, VideoShape
@@ -22,9 +24,12 @@ PIECES = (16, 8, 4, 2, 1)
 """Pixel frames at a time, best first: more frames copy less of what is carried."""
 WINDOW_FRAMES = 5
 """Pixel frames of one sample: two latent frames, the first of them mostly context."""
+LATENTS_PER_WINDOW = 10
 MAX_WINDOWS = 6
 MIN_SIDE = 8
 """Smallest tile, in cells: below that the margins are most of the work."""
+MAX_TENSOR_ELEMENTS = 2**31 - 1
+"""GPU kernels index a tensor with 32 bits."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,12 +98,15 @@ class Tile:
     rows: Span
     columns: Span
 
+    @property
+    def cells(self) -> int:
+        """Cells of a frame that are read."""
+        return (self.rows.stop - self.rows.start) * (self.columns.stop - self.columns.start)
+
 
 def _spans(size: int, tile: int, margin: int) -> list[Span]:
     edges = [*range(0, size, tile), size]
-    return [
-        Span(max(0, a - margin), min(size, b + margin), a, b) for a, b in zip(edges[:-1], edges[1:], strict=True)
-    ]
+    return [Span(max(0, a - margin), min(size, b + margin), a, b) for a, b in pairwise(edges)]
 
 
 @dataclass(frozen=True)
@@ -131,7 +139,7 @@ def stream_bytes(
     """Estimated peak memory of a streamed pass without gradients; weights, given tensor and result not counted."""
     shape = LatentShape(*latent_shape)
     clip, costs = VideoShape.from_latent(shape, config), Costs.of(config, direction, plan.exact_levels)
-    piece, area = max(plan.frames, config.temporal_ratio), clip.height * clip.width
+    piece, area = min(clip.frames, max(plan.frames, config.temporal_ratio)), clip.height * clip.width
     coarse = layered_elements(costs.exact, clip.frames, piece, area)
     if not costs.fine:
         return math.ceil(WORKSPACE * coarse * bytes_per_element)
@@ -139,7 +147,7 @@ def stream_bytes(
     width = costs.fine[0].wide_in if direction == "decode" else costs.fine[-1].wide_out
     held = width * frames_at(clip.frames, edge[0]) * area / edge[1] ** 2
     cell = config.spatial_ratio**2
-    tile = max((t.rows.stop - t.rows.start) * (t.columns.stop - t.columns.start) for t in plan.tiles(shape))
+    tile = max(tile.cells for tile in plan.tiles(shape))
     window = plan.window_height * plan.window_width * cell
     frames = min(WINDOW_FRAMES, clip.frames)
     sampling = layered_elements(costs.fine, plan.windows * frames, frames, window)
@@ -153,37 +161,96 @@ def stream_work(plan: StreamPlan, latent_shape: Sequence[int], config: VAEConfig
     costs = Costs.of(config, direction, plan.exact_levels)
     exact, fine = (sum(unit.work for unit in units) for units in (costs.exact, costs.fine))
     cells = shape.height * shape.width
-    read = sum((t.rows.stop - t.rows.start) * (t.columns.stop - t.columns.start) for t in plan.tiles(shape))
+    read = sum(tile.cells for tile in plan.tiles(shape))
     clip = VideoShape.from_latent(shape, config)
     sampled = plan.windows * min(WINDOW_FRAMES, clip.frames) * plan.window_height * plan.window_width
     return (exact + fine * (read / cells + sampled / (cells * clip.frames))) / (exact + fine)
 
 
 def plan_stream(
-    shape: LatentShape, config: VAEConfig, direction: str, budget_bytes: int, bytes_per_element: int
+    latent_shape: Sequence[int], config: VAEConfig, *, direction: str, budget_bytes: int, bytes_per_element: int = 2
 ) -> StreamPlan | None:
-    """The plan of least work that fits; exact where all levels fit; None where nothing does."""
+    """The plan of least work that fits; exact where all levels fit; None where nothing does.
+
+    Args:
+        latent_shape: (B, C, T, h, w), of the latents to decode or of those that pixels are encoded to.
+        direction: 'encode' or 'decode'.
+    """
+    shape = LatentShape(*latent_shape)._replace(batch=1)
 
     def fits(plan: StreamPlan) -> bool:
         needed = stream_bytes(plan, shape, config, direction=direction, bytes_per_element=bytes_per_element)
-        return needed <= budget_bytes
+        return needed <= budget_bytes and _largest_tensor(plan, shape, config) <= MAX_TENSOR_ELEMENTS
 
     levels = len(config.block_out_channels)
     for frames in PIECES:
         exact = StreamPlan(exact_levels=levels, frames=frames, height=shape.height, width=shape.width)
-        if frames >= config.temporal_ratio and fits(exact):
+        if fits(exact):
             return exact
-    found = [plan for plan in _candidates(shape, config, direction) if fits(plan)]
-    # Ties: more levels exact, then longer pieces, larger samples, squarer tiles.
-    return min(
-        found,
-        key=lambda plan: (
-            stream_work(plan, shape, config, direction=direction), -plan.exact_levels, -plan.frames, -plan.windows,
-            abs(plan.height - plan.width), plan.height,
-        ),
-        default=None,
-    )  # fmt: skip
+    found = [
+        plan
+        for exact_levels in range(levels - 1, 0, -1)
+        if (plan := _first_fitting(_tilings(shape, config, direction, exact_levels), fits, shape))
+    ]
+    # Where work is the same, more levels exact.
+    return min(found, key=lambda plan: stream_work(plan, shape, config, direction=direction), default=None)
 
 
-def _candidates(shape: LatentShape, config: VAEConfig, direction: str) -> Iterator[StreamPlan]:
-    raise NotImplementedError
+def _tilings(shape: LatentShape, config: VAEConfig, direction: str, exact_levels: int) -> Iterator[StreamPlan]:
+    """Plans with so many levels exact, least work first, each with the shortest pieces and the smallest samples."""
+    margin = Costs.of(config, direction, exact_levels).margin(config)
+    window_height, window_width = _window_sizes(shape)[-1]
+    for height, width in _tile_sizes(shape, margin):
+        yield StreamPlan(
+            exact_levels=exact_levels, frames=PIECES[-1], height=height, width=width, margin=margin,
+            windows=num_windows(shape.frames), window_height=window_height, window_width=window_width,
+        )  # fmt: skip
+
+
+def _first_fitting(
+    tilings: Iterator[StreamPlan], fits: Callable[[StreamPlan], bool], shape: LatentShape
+) -> StreamPlan | None:
+    """The first tiling that fits, with the largest samples and then the longest pieces that still do."""
+    least = next(filter(fits, tilings), None)
+    if least is None:
+        return None
+    larger = (
+        replace(least, window_height=height, window_width=width, frames=frames)
+        for height, width in _window_sizes(shape)
+        for frames in PIECES
+    )
+    return next(filter(fits, larger), least)
+
+
+def num_windows(latent_frames: int) -> int:
+    """Samples of a clip: one for every ten latent frames, so that at most a fifth of the clip is computed twice."""
+    return max(1, min(MAX_WINDOWS, latent_frames // LATENTS_PER_WINDOW))
+
+
+def _tile_sizes(shape: LatentShape, margin: int) -> list[tuple[int, int]]:
+    """Regular cuts of a frame, the one that reads least first."""
+
+    def cuts(size: int) -> list[int]:
+        return sorted({math.ceil(size / count) for count in range(1, max(1, size // MIN_SIDE) + 1)})
+
+    def read(size: int, tile: int) -> int:
+        return sum(span.stop - span.start for span in _spans(size, tile, margin))
+
+    sizes = itertools.product(cuts(shape.height), cuts(shape.width))
+    return sorted(sizes, key=lambda tile: (read(shape.height, tile[0]) * read(shape.width, tile[1]), -tile[0]))
+
+
+def _window_sizes(shape: LatentShape) -> list[tuple[int, int]]:
+    """Samples' sides in cells, largest first: whole frames see what is at their edges too."""
+    halves = [(1, 1), (1, 2), (2, 2), (2, 4), (4, 4)]
+    sizes = {(math.ceil(shape.height / a), math.ceil(shape.width / b)) for a, b in halves}
+    return sorted((size for size in sizes if min(size) >= min(MIN_SIDE, *shape[3:])), reverse=True)
+
+
+def _largest_tensor(plan: StreamPlan, shape: LatentShape, config: VAEConfig) -> int:
+    """Elements of the largest activation that one call sees: a padded piece, or the keys of all frames."""
+    frames = max(plan.frames, config.temporal_ratio, WINDOW_FRAMES if plan.windows else 0) + 2
+    cells = max(plan.window_height * plan.window_width, *(tile.cells for tile in plan.tiles(shape)))
+    wide = max(config.block_out_channels[:2])
+    keys = config.block_out_channels[-1] * math.prod(shape[2:])
+    return max(wide * frames * (cells * config.spatial_ratio**2), keys)

@@ -148,18 +148,18 @@ def _limits(units: Units, frames: int) -> list[int]:
 
 def _read(x: Tensor, tile: Tile, scale: int) -> Tensor:
     """What a tile reads of one piece, margins included."""
-    return x[..., *(slice(span.start * scale, span.stop * scale) for span in (tile.rows, tile.columns))]
+    return x[(..., *(slice(span.start * scale, span.stop * scale) for span in (tile.rows, tile.columns)))]
 
 
 def _inside(x: Tensor, tile: Tile, scale: int) -> Tensor:
     """A tile's result without its margins."""
     spans = (tile.rows, tile.columns)
-    return x[..., *(slice((s.keep_start - s.start) * scale, (s.keep_stop - s.start) * scale) for s in spans)]
+    return x[(..., *(slice((s.keep_start - s.start) * scale, (s.keep_stop - s.start) * scale) for s in spans))]
 
 
 def _place(x: Tensor, tile: Tile, scale: int) -> Tensor:
     """Where a tile's result goes."""
-    return x[..., *(slice(span.keep_start * scale, span.keep_stop * scale) for span in (tile.rows, tile.columns))]
+    return x[(..., *(slice(s.keep_start * scale, s.keep_stop * scale) for s in (tile.rows, tile.columns)))]
 
 
 def _write(out: Tensor, pieces: Iterable[Tensor]) -> None:
