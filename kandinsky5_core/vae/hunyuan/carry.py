@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .convolve import convolve
 from .layers import CausalConv3d, Upsample
 
 
@@ -47,7 +48,7 @@ class CarriedConv:
             self.tail = joined[:, :, max(0, made) * self.stride :].clone()
         if made <= 0:
             return None
-        return self.layer.conv(joined[:, :, : (made - 1) * self.stride + self.kernel])
+        return convolve(self.layer.conv, joined[:, :, : (made - 1) * self.stride + self.kernel])
 
 
 class FreshConv:
@@ -62,7 +63,7 @@ class FreshConv:
 
     def convolve(self, joined: Tensor) -> Tensor:
         """Its output frames."""
-        return self.layer.conv(joined)
+        return convolve(self.layer.conv, joined)
 
 
 class Repeat:
