@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import random
 import subprocess
 import sys
@@ -109,14 +110,14 @@ def models_of(args: argparse.Namespace) -> HunyuanVAE:
 
 
 def given_of(args: argparse.Namespace, vae: HunyuanVAE, direction: str, frames: int) -> Tensor:
-    """A drawn clip as pixels, or its latents (of random weights: noise), (1, C, F, H, W)."""
+    """A drawn clip as pixels, or its latents (of random weights, and to measure memory, noise), (1, C, F, H, W)."""
     height, width = (int(side) for side in args.size.split("x"))
     _, drawn = random_clip(random.Random(args.seed), frames, (height, width))
     pixels = (drawn * 2 - 1).permute(3, 0, 1, 2)[None]
     if direction == "encode":
         return pixels.to(args.device, DTYPES[args.dtype])
     shape = latents_of_pixels(pixels.shape, vae.config)
-    if args.weights == "nano" and frames <= 33:
+    if args.weights == "nano" and args.child is None:
         return Way("untiled", None).run(vae, "encode", pixels.to(args.device, DTYPES[args.dtype]))
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(args.seed))
     return noise.to(args.device, DTYPES[args.dtype])
@@ -149,7 +150,9 @@ def peak_in_child(args: argparse.Namespace, direction: str, frames: int, number:
     for name in ("weights", "size", "dtype", "device", "seed", "threads"):
         command += [f"--{name}", str(getattr(args, name))]
     command += ["--budgets", *map(str, args.budgets)]
-    found = subprocess.run(command, capture_output=True, text=True, check=True)
+    # Freed blocks go back to the system at once, so that the resident size is what is in use.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    found = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     return json.loads(found.stdout.splitlines()[-1])["added_bytes"] / 2**20
 
 

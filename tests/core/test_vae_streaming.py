@@ -321,13 +321,16 @@ def test_out_of_memory_is_planned_again_and_said(vae, direction, error, caplog):
     clip = clip_of(direction, 5, 10, 10)
     expected = plain(vae, direction, clip)
     last = vae.decoder.conv_out if direction == "decode" else vae.encoder.conv_in
-    last.conv = FailingConv(last.conv, last.conv.in_channels * 8 * 82 * 82, error)
+    # The plain pass shows it 19 frames with the padding; pieces of 8 have at most 10.
+    last.conv = FailingConv(last.conv, last.conv.in_channels * 10 * 82 * 82, error)
     told = {}
     found = getattr(within, f"{direction}_within")(vae, clip, 2**30, told=told)
     warnings = [record.message for record in caplog.records if record.levelno == logging.WARNING]
     assert warnings and all("ran out of memory" in text and "MiB" in text for text in warnings)
-    assert told[f"vae_{direction}"] != "plain"
-    assert (found - expected).pow(2).mean().sqrt() < 0.3 * expected.std()
+    assert told[f"vae_{direction}"] != "plain" and found.shape == expected.shape
+    if told[f"vae_{direction}"].startswith("layer"):
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    assert (found - expected).abs().mean() < expected.abs().mean()
 
 
 @DIRECTIONS
@@ -360,7 +363,7 @@ def test_a_run_says_which_way_the_vae_went():
     request = Request(prompt="a red circle moves right", num_steps=1, cache="off")
     made = generate(models, request)
     assert made.settings["vae_decode"] == "plain" and "vae_encode" not in made.settings
-    small = generate(models, dataclasses.replace(request, vae_budget_bytes=12 * MIB))
+    small = generate(models, dataclasses.replace(request, vae_budget_bytes=24 * MIB))
     assert small.settings["vae_decode"] != "plain"
     assert (small.frames - made.frames).abs().mean() < 0.02
     shape = VideoShape(1, 17, 64, 64).latent_shape(models.variant.vae)

@@ -15,5 +15,5 @@ def convolve(conv: nn.Module, x: Tensor) -> Tensor:
     ours = type(conv) is nn.Conv3d and x.device.type == "cpu" and x.dtype == conv.weight.dtype == torch.float32
     if not ours or conv.kernel_size[0] == 1 or not torch.backends.mkldnn.is_available():
         return conv(x)
-    none = [0, 0, 0]
-    return torch.mkldnn_convolution(x, conv.weight, conv.bias, none, list(conv.stride), list(conv.dilation), conv.groups)
+    padding, stride, dilation = [0, 0, 0], list(conv.stride), list(conv.dilation)
+    return torch.mkldnn_convolution(x, conv.weight, conv.bias, padding, stride, dilation, conv.groups)
