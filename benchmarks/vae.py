@@ -6,7 +6,8 @@
 
 Weights: Nano's trained ones, or random ones of the released width. Times are taken in turns in one process, peak memory
 of each case in a process of its own. PSNR and seams are against the untiled pass: the seam figure is the error's jump
-where official tiles meet, over its jump elsewhere (1: no seams). Prints Markdown; with --out also writes JSON.
+where the official tiles meet, in time and space, over its jump elsewhere (1: no seams). Prints Markdown; with --out also
+writes JSON.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from kandinsky5_core.vae.hunyuan.passes import decode_streamed, encode_streamed
 from kandinsky5_core.vae.pass_plan import PassPlan, describe, plan_bytes, plan_pass
 from kandinsky5_core.vae.stream_plan import StreamPlan
 from kandinsky5_core.vae.tile_plan import TilePlan, latents_of_pixels
-from kandinsky5_core.vae.tiling import decode_tiled, encode_tiled
+from kandinsky5_core.vae.tiling import decode_tiled, encode_tiled, tile_axes
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 DIRECTIONS = ("encode", "decode")
@@ -86,13 +87,16 @@ def official_tiles(shape: LatentShape, parts: int) -> TilePlan:
     )  # fmt: skip
 
 
-def ways_of(vae: HunyuanVAE, direction: str, shape: LatentShape, dtype: torch.dtype, shares: list[float]) -> list[Way]:
-    """Untiled, official tiles whole and in four, and ours with budgets that are shares of what untiled takes."""
+def ways_of(
+    vae: HunyuanVAE, direction: str, shape: LatentShape, dtype: torch.dtype, parts: int, shares: list[float]
+) -> list[Way]:
+    """Untiled, official tiles of whole frames and of parts, ours with budgets that are shares of what untiled takes."""
     sizes = {"direction": direction, "bytes_per_element": dtype.itemsize}
     untiled = TilePlan(frames=shape.frames, height=shape.height, width=shape.width)
     needed = plan_bytes(untiled, shape, vae.config, **sizes)
     ways = [Way("untiled", None), Way("official, 17 frames", official_tiles(shape, 1))]
-    ways.append(Way("official, 17 frames, 2x2", official_tiles(shape, 2)))
+    if parts > 1:
+        ways.append(Way(f"official, 17 frames, {parts}x{parts}", official_tiles(shape, parts)))
     for share in shares:
         plan = plan_pass(shape, vae.config, budget_bytes=int(share * needed), **sizes)
         ways.append(Way(f"ours, {share:.0%} of untiled: {describe(plan, shape, vae.config)}", plan))
@@ -129,25 +133,25 @@ def psnr(found: Tensor, wanted: Tensor) -> float:
     return (20 * torch.log10(wanted.float().max() - wanted.float().min()) - 10 * torch.log10(error)).item()
 
 
-def seams(found: Tensor, wanted: Tensor, tiles: TilePlan, direction: str, vae: HunyuanVAE) -> float:
-    """Mean jump of the error from one position to the next where tiles meet, over that elsewhere; 1 without tiles."""
+def seams(
+    found: Tensor, wanted: Tensor, tiles: TilePlan, shape: LatentShape, direction: str, vae: HunyuanVAE
+) -> float:
+    """Mean jump of the error from one position to the next where tiles meet, over that elsewhere; 1 without seams."""
     error = (found.float() - wanted.float()).squeeze(0)
-    scale = vae.config.spatial_ratio if direction == "decode" else 1
     at, away = [], []
-    for dim, tile, overlap in ((2, tiles.height, tiles.overlap_height), (3, tiles.width, tiles.overlap_width)):
-        size = error.shape[dim] // scale
-        jumps = error.diff(dim=dim).abs().mean(dim=[d for d in range(4) if d != dim])
-        starts = {min(start, size - tile) for start in range(tile - overlap, size - overlap, tile - overlap)}
-        inside = {edge * scale - 1 for start in starts for edge in (start, start + overlap) if 0 < edge < size}
-        at += [jumps[i].item() for i in inside]
-        away += [jumps[i].item() for i in range(len(jumps)) if i not in inside]
+    for dim, pieces in enumerate(tile_axes(shape, tiles, vae.config, to_pixels=direction == "decode"), start=1):
+        jumps = error.diff(dim=dim).abs().mean(dim=[other for other in range(4) if other != dim])
+        edges = {edge for piece in pieces for edge in (piece.write.start, piece.write.stop)}
+        met = {edge - 1 for edge in edges if 0 < edge <= len(jumps)}
+        at += [jumps[place].item() for place in met]
+        away += [jumps[place].item() for place in range(len(jumps)) if place not in met]
     return math.nan if not at or not sum(away) else (sum(at) / len(at)) / (sum(away) / len(away))
 
 
 def peak_in_child(args: argparse.Namespace, direction: str, frames: int, number: int) -> float:
     """MiB that a way's pass adds, measured in a process that does nothing else."""
     command = [sys.executable, "-m", "benchmarks.vae", "--child", direction, str(frames), str(number)]
-    for name in ("weights", "size", "dtype", "device", "seed", "threads"):
+    for name in ("weights", "size", "dtype", "device", "seed", "threads", "parts"):
         command += [f"--{name}", str(getattr(args, name))]
     command += ["--budgets", *map(str, args.budgets)]
     # Freed blocks go back to the system at once, so that the resident size is what is in use.
@@ -176,7 +180,7 @@ def _ways(args: argparse.Namespace, vae: HunyuanVAE, direction: str, frames: int
             window_width=shape.width,
         )  # fmt: skip
         return [Way("untiled", None), Way("streamed, 4 frames at a time", plan)]
-    return ways_of(vae, direction, shape, DTYPES[args.dtype], args.budgets)
+    return ways_of(vae, direction, shape, DTYPES[args.dtype], args.parts, args.budgets)
 
 
 def compare(args: argparse.Namespace, direction: str, frames: int) -> list[Row]:
@@ -190,13 +194,14 @@ def compare(args: argparse.Namespace, direction: str, frames: int) -> list[Row]:
         way.name: (lambda way=way: way.run(vae, direction, given)) for way in ways
     }
     samples = alternate(calls, device, repeats=args.repeats, warm_ups=0)
-    tiles = ways[2].plan
+    tiles = [way.plan for way in ways if way.name.startswith("official")][-1]
+    shape = LatentShape(*(given.shape if direction == "decode" else wanted.shape))
     return [
         Row(
             direction, f"{args.size}x{frames}", way.name,
             1 / ratio(samples[ways[0].name], samples[way.name])["ratio_cpu"], samples[way.name].median,
             peak_in_child(args, direction, frames, number), psnr(found, wanted),
-            seams(found, wanted, tiles, direction, vae),
+            seams(found, wanted, tiles, shape, direction, vae),
         )
         for number, (way, found) in enumerate(zip(ways, made, strict=True))
     ]  # fmt: skip
@@ -237,6 +242,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--size", default="128x192", help="HEIGHTxWIDTH in pixels")
     found.add_argument("--frames", type=int, nargs="+", default=[33])
     found.add_argument("--flat", type=int, nargs="+", help="only peak memory, for these numbers of frames")
+    found.add_argument("--parts", type=int, default=2, help="official tiles on each side of a frame")
     found.add_argument("--budgets", type=float, nargs="*", default=[0.6, 0.3], help="shares of what untiled takes")
     found.add_argument("--direction", choices=DIRECTIONS, nargs="+", default=list(DIRECTIONS))
     found.add_argument("--dtype", choices=tuple(DTYPES), default="fp32")

@@ -96,7 +96,11 @@ def test_streamed_with_true_statistics_is_the_plain_pass(vae, direction, exact_l
     monkeypatch.setattr(passes, "layered", knowing)
     expected = plain(vae, direction, clip)
     plan = whole(frames, tile, exact_levels, margin=margin)
-    torch.testing.assert_close(STREAMED[direction](vae, clip, plan), expected, atol=5e-5, rtol=1e-5)
+    steps = []
+    found = STREAMED[direction](vae, clip, plan, lambda *step: steps.append(step))
+    torch.testing.assert_close(found, expected, atol=5e-5, rtol=1e-5)
+    # The samples' steps are left out here.
+    assert steps[0][0] == 1 and 0 < steps[-1][0] == len(steps) < steps[-1][1]
     if tile != (9, 14):
         # Without its margin the tile would show.
         short = dataclasses.replace(plan, margin=0)

@@ -7,7 +7,7 @@ Time and space both count from the latents: cell i of the latents is `scale` pos
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -44,10 +44,11 @@ def decode_streamed(
     units = decoder_units(vae)
     cut = decoder_cut(units, plan.exact_levels)
     exact, fine = units[:cut], units[cut:]
-    steps = _Steps(on_tile, shape.batch * (len(exact) + len(fine) + len(plan.tiles(shape)) * bool(fine)))
+    piece = max(1, plan.frames // vae.config.temporal_ratio)
+    steps = _Steps(on_tile, shape.batch * _count(units, fine, plan, shape, math.ceil(shape.frames / piece)))
     for index in range(shape.batch):
         known: Known = {}
-        pieces = _split(latents[index : index + 1], max(1, plan.frames // vae.config.temporal_ratio))
+        pieces = _split(latents[index : index + 1], piece)
         pieces = layered(exact, pieces, known, steps)
         if not fine:
             _write(out[index : index + 1], pieces)
@@ -55,9 +56,8 @@ def decode_streamed(
         layered(fine, _windows(pieces, plan, shape), known, steps, separate=True)
         limits, space = _limits(fine, plan.frames), vae.config.spatial_ratio
         for tile in plan.tiles(shape):
-            made = streamed(fine, (_read(x, tile, x.shape[3] // shape.height) for x in pieces), known, limits)
+            made = streamed(fine, _read(pieces, tile, shape, steps), known, limits)
             _write(_place(out[index : index + 1], tile, space), (_inside(x, tile, space) for x in made))
-            steps()
     return out
 
 
@@ -77,7 +77,7 @@ def encode_streamed(
     units = encoder_units(vae)
     cut = encoder_cut(units, plan.exact_levels)
     fine, exact = units[:cut], units[cut:]
-    steps = _Steps(on_tile, shape.batch * (len(exact) + len(fine) + len(plan.tiles(shape)) * bool(fine)))
+    steps = _Steps(on_tile, shape.batch * _count(units, fine, plan, shape, math.ceil(pixels.shape[2] / plan.frames)))
     clips = []
     for index in range(shape.batch):
         known: Known = {}
@@ -90,6 +90,11 @@ def encode_streamed(
     return mean if generator is None else sample_posterior(mean, logvar.clamp(-30.0, 20.0), generator)
 
 
+def _count(units: Units, fine: Units, plan: StreamPlan, shape: LatentShape, pieces: int) -> int:
+    """Steps of one clip: every unit once, the fine ones over samples, and each tile's pieces."""
+    return len(units) + (len(plan.tiles(shape)) * pieces if fine else 0)
+
+
 def _streamed_tiles(
     fine: Units, pieces: list[Tensor], known: Known, plan: StreamPlan, shape: LatentShape, steps: Callable[[], None]
 ) -> list[Tensor]:
@@ -97,13 +102,12 @@ def _streamed_tiles(
     outs: list[Tensor] = []
     limits = [plan.frames] * len(fine)
     for tile in plan.tiles(shape):
-        made = streamed(fine, (_read(x, tile, x.shape[3] // shape.height) for x in pieces), known, limits)
+        made = streamed(fine, _read(pieces, tile, shape, steps), known, limits)
         for number, x in enumerate(made):
             scale = x.shape[3] // (tile.rows.stop - tile.rows.start)
             if number == len(outs):
                 outs.append(x.new_empty(*x.shape[:3], shape.height * scale, shape.width * scale))
             _place(outs[number], tile, scale).copy_(_inside(x, tile, scale))
-        steps()
     return outs
 
 
@@ -146,9 +150,12 @@ def _limits(units: Units, frames: int) -> list[int]:
     return limits
 
 
-def _read(x: Tensor, tile: Tile, scale: int) -> Tensor:
-    """What a tile reads of one piece, margins included."""
-    return x[(..., *(slice(span.start * scale, span.stop * scale) for span in (tile.rows, tile.columns)))]
+def _read(pieces: Iterable[Tensor], tile: Tile, shape: LatentShape, steps: Callable[[], None]) -> Iterator[Tensor]:
+    """What a tile reads of each piece, margins included."""
+    for x in pieces:
+        scale = x.shape[3] // shape.height
+        yield x[(..., *(slice(span.start * scale, span.stop * scale) for span in (tile.rows, tile.columns)))]
+        steps()
 
 
 def _inside(x: Tensor, tile: Tile, scale: int) -> Tensor:
