@@ -99,7 +99,7 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
         "beside the model, where they are found from then on",
     )  # fmt: skip
     parser.add_argument("--enhance", action="store_true", help="let the text encoder write out the prompt first")
-    parser.add_argument("--vae-budget", type=float, default=4.0, help="GiB that one VAE tile may take (default 4)")
+    parser.add_argument("--vae-budget", type=float, default=4.0, help="GiB that the VAE's work may take (default 4)")
     parser.add_argument("--out", type=Path, required=True, help=".mp4, .webm, .gif or .png")
     parser.add_argument("--json", action="store_true", help="print one JSON object about the result")
     parser.set_defaults(run=_generate)

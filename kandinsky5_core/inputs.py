@@ -21,7 +21,7 @@ from .request import NO_OUTPAINT, OUTPAINT_OVERLAP, Request
 from .sampling.partial import PartialNoise
 from .shapes import LatentShape
 from .vae.latents import scale_latents
-from .vae.tiling import encode_tiled, plan_encode
+from .vae.within import encode_within
 
 if TYPE_CHECKING:
     from .pipeline import Models
@@ -56,16 +56,21 @@ class Inputs:
         return frames
 
 
-def encode_inputs(models: Models, request: Request, latent_shape: LatentShape) -> Inputs:
-    """Everything that a resolved request gives, in latent space; an empty `Inputs` for text alone."""
+def encode_inputs(
+    models: Models, request: Request, latent_shape: LatentShape, told: dict[str, object] | None = None
+) -> Inputs:
+    """Everything that a resolved request gives, in latent space; an empty `Inputs` for text alone.
+
+    The way that the VAE took, for several encodings the last one's, goes into `told`.
+    """
     if request.task == "i2v":
-        return Inputs(image=frame_conditioning(models, request, latent_shape))
+        return Inputs(image=frame_conditioning(models, request, latent_shape, told))
     start = request.video if request.task == "t2v" else None if request.image is None else request.image[None]
     if start is None:
         return Inputs()
     canvas = request.canvas()
     extended = extend_edges(start.float(), request.outpaint)
-    clean = encode_frames(models, canvas.to_work(extended), request.vae_budget_bytes).expand(latent_shape)
+    clean = encode_frames(models, canvas.to_work(extended), request.vae_budget_bytes, told).expand(latent_shape)
     image = _source(clean) if request.task == "i2i" else None
     if not request.is_partial:
         return Inputs(image=image, canvas=canvas if request.fit == "keep" else None)
@@ -100,7 +105,9 @@ def _to_work(canvas: Canvas, mask: Tensor) -> Tensor:
     return canvas.to_work(mask[..., None])[..., 0].clamp(0, 1)
 
 
-def frame_conditioning(models: Models, request: Request, latent_shape: LatentShape) -> ImageConditioning:
+def frame_conditioning(
+    models: Models, request: Request, latent_shape: LatentShape, told: dict[str, object] | None = None
+) -> ImageConditioning:
     """Given frames as clean latents at their places, with their mask (image to video).
 
     The first frame has a latent of its own. Later ones share theirs with three neighbours, so a picture is
@@ -110,7 +117,7 @@ def frame_conditioning(models: Models, request: Request, latent_shape: LatentSha
 
 
     def encode(frames: Tensor) -> Tensor:
-        return encode_frames(models, _fitted(request, frames), request.vae_budget_bytes)
+        return encode_frames(models, _fitted(request, frames), request.vae_budget_bytes, told)
 
     if request.extend is not None:
         latents = encode(request.extend[-request.overlap :])
@@ -152,11 +159,13 @@ def _fitted(request: Request, frames: Tensor) -> Tensor:
     return cover(tuple(frames.shape[1:3]), size).to_work(frames.float())
 
 
-def encode_frames(models: Models, frames: Tensor, budget_bytes: int) -> Tensor:
-    """Frames (F, H, W, 3) in [0, 1] as scaled latents (1, C, T, h, w) fp32."""
+def encode_frames(
+    models: Models, frames: Tensor, budget_bytes: int, told: dict[str, object] | None = None
+) -> Tensor:
+    """Frames (F, H, W, 3) in [0, 1] as scaled latents (1, C, T, h, w) fp32.
+
+    The way that the VAE took goes into `told`.
+    """
     dtype = next(models.vae.parameters()).dtype
     pixels = (frames * 2 - 1).permute(3, 0, 1, 2)[None].to(models.device, dtype)
-    plan = plan_encode(
-        tuple(pixels.shape), models.variant.vae, budget_bytes=budget_bytes, bytes_per_element=dtype.itemsize
-    )
-    return scale_latents(encode_tiled(models.vae, pixels, plan), models.variant.vae).float()
+    return scale_latents(encode_within(models.vae, pixels, budget_bytes, told=told), models.variant.vae).float()

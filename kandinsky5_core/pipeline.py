@@ -39,7 +39,7 @@ from .text.encoder import TextEncoder
 from .vae.flux import FluxVAE
 from .vae.hunyuan.model import HunyuanVAE
 from .vae.latents import unscale_latents
-from .vae.tiling import decode_tiled, plan_decode
+from .vae.within import decode_within
 
 log = logging.getLogger(__name__)
 
@@ -154,13 +154,13 @@ def run(
     inputs = Inputs()
     if request.given is not None:
         with clock.stage("vae_encode"), models.on_device(models.vae):
-            inputs = encode_inputs(models, request, latent_shape)
+            inputs = encode_inputs(models, request, latent_shape, clock.told)
     with clock.stage("dit"), models.on_device(models.dit):
         latents = sample_latents(
             models, request, latent_shape, positive, negative, inputs, on_step, new_cache, clock.told
         )
     with clock.stage("vae_decode"), models.on_device(models.vae):
-        return inputs.finish(decode_frames(models, latents, request.vae_budget_bytes))
+        return inputs.finish(decode_frames(models, latents, request.vae_budget_bytes, clock.told))
 
 
 def encode_prompts(models: Models, request: Request) -> tuple[TextConditioning, TextConditioning | None]:
@@ -234,13 +234,15 @@ def choose_engine(request: Request, variant: Variant, engines: Engines, dtype: t
     return engines.choose(request.attention_engine, head_dim=variant.dit.head_dim, dtype=dtype)
 
 
-def decode_frames(models: Models, latents: Tensor, budget_bytes: int) -> Tensor:
-    """Scaled latents (B, C, T, h, w) to frames (B, F, H, W, 3) fp32 in [0, 1] on the CPU."""
-    dtype = _dtype_of(models.vae)
-    plan = plan_decode(
-        tuple(latents.shape), models.variant.vae, budget_bytes=budget_bytes, bytes_per_element=dtype.itemsize
-    )
-    pixels = decode_tiled(models.vae, unscale_latents(latents, models.variant.vae).to(dtype), plan)
+def decode_frames(
+    models: Models, latents: Tensor, budget_bytes: int, told: dict[str, object] | None = None
+) -> Tensor:
+    """Scaled latents (B, C, T, h, w) to frames (B, F, H, W, 3) fp32 in [0, 1] on the CPU.
+
+    The way that the VAE took goes into `told`.
+    """
+    unscaled = unscale_latents(latents, models.variant.vae).to(_dtype_of(models.vae))
+    pixels = decode_within(models.vae, unscaled, budget_bytes, told=told)
     return ((pixels.float().cpu() + 1) / 2).clamp(0, 1).permute(0, 2, 3, 4, 1).contiguous()
 
 

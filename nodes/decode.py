@@ -21,7 +21,7 @@ class K5DecodeVideo(io.ComfyNode):
             node_id="K5DecodeVideo",
             display_name="Kandinsky 5 Decode Video",
             category=CATEGORY,
-            description="Decodes a LATENT to frames and a VIDEO for Save Video; tiled so that each tile fits the budget.",
+            description="Decodes a LATENT to frames and a VIDEO for Save Video, within a memory budget.",
             search_aliases=["vae decode", "create video"],
             inputs=[
                 io.Latent.Input("latent", tooltip="From a sampler."),
@@ -42,7 +42,8 @@ class K5DecodeVideo(io.ComfyNode):
                     step=0.25,
                     optional=True,
                     advanced=True,
-                    tooltip="GiB that one tile may take. Equal budgets give equal results.",
+                    tooltip="GiB that decoding may take beside the model: it decides whether the clip is decoded at once, layer "
+                    "by layer, a few frames at a time or in tiles. Equal budgets give equal results.",
                 ),
                 io.Int.Input(
                     "row",

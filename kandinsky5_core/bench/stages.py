@@ -20,7 +20,9 @@ from ..dit.plan import plan_visual
 from ..memory.apply import compile_blocks
 from ..shapes import VideoShape
 from ..text.encoder import TextEncoder
-from ..vae.tiling import decode_tiled, encode_tiled, plan_decode, plan_encode
+from ..vae.pass_plan import describe, plan_pass
+from ..vae.tile_plan import DEFAULT_BUDGET_BYTES
+from ..vae.within import decode_within, encode_within
 from ..weights.load import load_dit, load_vae
 from . import rivals, subjects
 from .nabla import nabla_cases
@@ -161,27 +163,28 @@ def text_cases(plan: Plan) -> Iterator[Case]:
 
 
 def vae_cases(stage: str, plan: Plan) -> Iterator[Case]:
-    """Encoding or decoding each size, tiled as by default."""
+    """Encoding or decoding each size within the default memory budget."""
     config = plan.variant.vae
     if "vae" in plan.files:
         vae = load_vae(plan.files["vae"], dtype=plan.dtype)[0].to(plan.device).eval().requires_grad_(False)
     else:
         vae = subjects.random_vae(config, plan.device, plan.dtype)
     theirs = rivals.diffusers_vae(vae) if plan.against else None
-    size = plan.dtype.itemsize
     for shape in plan.shapes:
         latent_shape = shape.latent_shape(config)
+        way = plan_pass(
+            latent_shape, config, direction=stage.removeprefix("vae_"), budget_bytes=DEFAULT_BUDGET_BYTES,
+            bytes_per_element=plan.dtype.itemsize,
+        )  # fmt: skip
         pixels_shape = (shape.batch, 3, shape.frames, shape.height, shape.width)
         beside: dict[str, Callable[[], object]] = {}
         if stage == "vae_decode":
             given = subjects.random_latents(latent_shape, plan.device, plan.dtype)
-            tiles = plan_decode(latent_shape, config, bytes_per_element=size)
-            run = partial(decode_tiled, vae, given, tiles)
+            run = partial(decode_within, vae, given, DEFAULT_BUDGET_BYTES)
             call = partial(theirs.decode, return_dict=False) if theirs else None
         else:
             given = subjects.random_latents(pixels_shape, plan.device, plan.dtype).clamp(-1, 1)
-            tiles = plan_encode(pixels_shape, config, bytes_per_element=size)
-            run = partial(encode_tiled, vae, given, tiles)
+            run = partial(encode_within, vae, given, DEFAULT_BUDGET_BYTES)
             call = partial(theirs.encode, return_dict=False) if theirs else None
         if call is not None:
             flat = config.kind == "flux"
@@ -189,7 +192,7 @@ def vae_cases(stage: str, plan: Plan) -> Iterator[Case]:
         yield Case(
             stage=stage, what=size_name(shape), run=run, beside=beside, tokens=prod(latent_shape[2:]),
             same_output=False, note="weights of the file" if "vae" in plan.files else "random weights",
-            facts={"tiles": tiles.num_tiles(latent_shape)},
+            facts={"way": describe(way, latent_shape, config)},
         )  # fmt: skip
 
 

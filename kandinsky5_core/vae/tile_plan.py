@@ -79,6 +79,14 @@ class TilePlan:
         )
 
 
+def tile_work(plan: TilePlan, latent_shape: Sequence[int], config: VAEConfig) -> float:
+    """Pixels computed, as a multiple of the clip's: overlaps are computed for each tile that shares them."""
+    shape = LatentShape(*latent_shape)._replace(batch=1)
+    sizes = {axis: min(getattr(plan, axis), getattr(shape, axis)) for axis in ("frames", "height", "width")}
+    tile, clip = (math.prod(VideoShape.from_latent(each, config)) for each in (shape._replace(**sizes), shape))
+    return plan.num_tiles(shape) * tile / clip
+
+
 def num_pieces(size: int, tile: int, overlap: int) -> int:
     """Pieces of length `tile` that cover an axis of `size` with at least `overlap` shared by neighbours."""
     return 1 if size <= tile else math.ceil((size - overlap) / (tile - overlap))
@@ -148,7 +156,7 @@ def plan_decode(
     Raises:
         ValueError: the budget does not hold the smallest tile.
     """
-    return _plan(LatentShape(*latent_shape), vae_config, "decode", budget_bytes, bytes_per_element)
+    return plan_tiles(LatentShape(*latent_shape), vae_config, "decode", budget_bytes, bytes_per_element)
 
 
 def plan_encode(
@@ -163,10 +171,12 @@ def plan_encode(
     Raises:
         ValueError: the budget does not hold the smallest tile, or the sizes do not fill latent cells.
     """
-    return _plan(latents_of_pixels(pixel_shape, vae_config), vae_config, "encode", budget_bytes, bytes_per_element)
+    return plan_tiles(latents_of_pixels(pixel_shape, vae_config), vae_config, "encode", budget_bytes, bytes_per_element)
 
 
-def _plan(shape: LatentShape, config: VAEConfig, direction: str, budget: int, element_size: int) -> TilePlan:
+def plan_tiles(shape: LatentShape, config: VAEConfig, direction: str, budget: int, element_size: int) -> TilePlan:
+    """`plan_decode`, or `plan_encode` for pixels that are encoded to such latents."""
+
     def fits(tile: LatentShape) -> bool:
         needed = activation_bytes(tile, config, direction=direction, bytes_per_element=element_size)
         return needed <= budget and _largest_tensor(tile, config) <= _MAX_TENSOR_ELEMENTS

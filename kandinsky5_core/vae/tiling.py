@@ -128,7 +128,7 @@ def decode_tiled(
     device = torch.device(output_device or latents.device)
     if plan.num_tiles(shape) == 1:
         return _one_tile(vae.decode(latents), device, on_tile)
-    axes = _axes(shape, plan, config, to_pixels=True)
+    axes = tile_axes(shape, plan, config, to_pixels=True)
     out = torch.zeros(_pixel_shape(shape, config), device=device)
 
     def decode(batch: slice, t: Piece, h: Piece, w: Piece) -> Tensor:
@@ -159,7 +159,7 @@ def encode_tiled(
     device = torch.device(output_device or pixels.device)
     if plan.num_tiles(shape) == 1:
         return _one_tile(vae.encode(pixels, generator), device, on_tile)
-    axes = _axes(shape, plan, config, to_pixels=False)
+    axes = tile_axes(shape, plan, config, to_pixels=False)
     moments = torch.zeros(shape._replace(channels=2 * config.latent_channels), device=device)
     space, time = config.spatial_ratio, config.temporal_ratio
 
@@ -195,9 +195,11 @@ def _accumulate(
     return out
 
 
-def _axes(
+def tile_axes(
     shape: LatentShape, plan: TilePlan, config: VAEConfig, *, to_pixels: bool
 ) -> tuple[list[Piece], list[Piece], list[Piece]]:
+    """The pieces of each axis of a plan, (frames, height, width)."""
+
     def frame_edge(frame: int) -> int:
         return config.temporal_ratio * (frame - 1) + 1 if to_pixels and frame else frame
 

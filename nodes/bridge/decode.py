@@ -1,4 +1,4 @@
-"""Decoding with the core's tiles where the VAE is ours, with ComfyUI's otherwise."""
+"""Decoding within the core's memory budget where the VAE is ours, with ComfyUI's otherwise."""
 
 from __future__ import annotations
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ...kandinsky5_core.config import VAEConfig
-from ...kandinsky5_core.vae.tiling import activation_bytes, decode_tiled, plan_decode
+from ...kandinsky5_core.vae.tile_plan import activation_bytes
+from ...kandinsky5_core.vae.within import decode_within
 from ...kandinsky5_core.weights.load import load_vae as load_core_vae
 
 
@@ -99,15 +100,12 @@ class K5VAE(comfy.sd.VAE):
         return self.first_stage_model.vae.state_dict()
 
     def decode_within(self, latents: Tensor, budget_bytes: int) -> Tensor:
-        """Unscaled (B, 16, T, h, w) to frames (B, F, H, W, 3) in [0, 1] with the core's tiles."""
-        plan = plan_decode(
-            tuple(latents.shape), self.config, budget_bytes=budget_bytes, bytes_per_element=self.vae_dtype.itemsize
-        )
+        """Unscaled (B, 16, T, h, w) to frames (B, F, H, W, 3) in [0, 1], as the core does within a budget."""
         self._load(budget_bytes)
-        pixels = decode_tiled(
+        pixels = decode_within(
             self.first_stage_model.vae,
             latents.to(self.device, self.vae_dtype),
-            plan,
+            budget_bytes,
             on_tile=_check_cancel,
             output_device=self.output_device,
         )

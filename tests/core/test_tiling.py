@@ -3,15 +3,12 @@
 import dataclasses
 import itertools
 import math
-import weakref
 from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from kandinsky5_core.config import FLUX_VAE, HUNYUAN_VAE, VARIANTS, VAEConfig
 from kandinsky5_core.shapes import LatentShape, VideoShape
@@ -27,6 +24,7 @@ from kandinsky5_core.vae.tiling import (
     plan_decode,
     plan_encode,
 )
+from tests.core.live_bytes import LiveBytes
 
 TINY = {"block_out_channels": (4, 8, 8, 8), "layers_per_block": 1, "norm_num_groups": 2, "scaling_factor": 1.0}
 TINY_HUNYUAN = VAEConfig(kind="hunyuan", **TINY)
@@ -165,24 +163,6 @@ def test_a_budget_too_small_is_refused_with_what_it_takes(config, direction):
     }[direction]
     with pytest.raises(ValueError, match=rf"budget 0 MiB is too small to {direction}.* takes \d+ MiB"):
         make(shape, config, budget_bytes=1000)
-
-
-class LiveBytes(TorchDispatchMode):
-    """Peak of the bytes in tensors that were made inside and live at the same time."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.sizes, self.peak = {}, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in self.sizes:
-                storage = tensor.untyped_storage()
-                self.sizes[storage._cdata] = storage.nbytes()
-                weakref.finalize(storage, self.sizes.pop, storage._cdata)
-        self.peak = max(self.peak, sum(self.sizes.values()))
-        return out
 
 
 @pytest.mark.parametrize("direction", ["decode", "encode"])
