@@ -62,7 +62,7 @@ class Models:
     """Short content hash of the DiT's file."""
     weights: Path | None = None
     """The DiT's file or folder; calibrated cache ratios lie beside it."""
-    memory: MemoryOptions = MemoryOptions()
+    memory: MemoryOptions = field(default_factory=MemoryOptions)
     """What the networks were loaded with."""
     swap: BlockSwap | None = None
     """Of the DiT, where blocks of it are swapped."""
@@ -145,8 +145,8 @@ def generate(
     else:
         frames = make(request)
     return Result(
-        frames=frames, settings={**settings(request, models.variant), **clock.told}, seconds=clock.seconds,
-        cache={} if chosen is None else chosen.told(),
+        frames=frames, settings={**settings(request, models.variant), **clock.told, **models.memory.told()},
+        seconds=clock.seconds, cache={} if chosen is None else chosen.told(),
     )  # fmt: skip
 
 

@@ -35,7 +35,7 @@ class Lane(Protocol):
 class InOrder:
     """Copies where they are asked for: devices without streams."""
 
-    def fetch(self, slot: int, copy: Callable[[], None]) -> None:
+    def fetch(self, _slot: int, copy: Callable[[], None]) -> None:
         copy()
 
     def wait(self, slot: int) -> None:
@@ -129,13 +129,13 @@ class BlockSwap:
         self._leave_all()
         self._drop_slots()
 
-    def _begin(self, dit: nn.Module, args: tuple[Any, ...]) -> None:
+    def _begin(self, _dit: nn.Module, _args: tuple[Any, ...]) -> None:
         self._leave_all()
         # What lies in the slots is of the last pass: weights may have been merged or loaded since.
         self._fetched = [None] * SLOTS
         self._fetch(0)
 
-    def _enter(self, index: int, block: nn.Module, args: tuple[Any, ...]) -> None:
+    def _enter(self, index: int, block: nn.Module, _args: tuple[Any, ...]) -> None:
         slot = index % SLOTS
         if self._fetched[slot] != index:
             self._fetch(index)
@@ -146,7 +146,7 @@ class BlockSwap:
         if index + 1 < len(self.blocks):
             self._fetch(index + 1)
 
-    def _leave(self, index: int, block: nn.Module, args: tuple[Any, ...], result: object) -> None:
+    def _leave(self, index: int, *_: object) -> None:
         slot = index % SLOTS
         for home in self._homes.pop(index, ()):
             home.holder[home.name] = home.parameter
@@ -156,7 +156,7 @@ class BlockSwap:
     def _leave_all(self) -> None:
         # Ctrl-C in a block skips its hook: torch calls hooks after an Exception only.
         for index in list(self._homes):
-            self._leave(index, self.blocks[index], (), None)
+            self._leave(index)
 
     def _fetch(self, index: int) -> None:
         slot = index % SLOTS

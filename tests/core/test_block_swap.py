@@ -186,7 +186,7 @@ def test_hooked_lora_works():
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_quantised_blocks_travel_as_they_are(kind):
-    plain = random_dit().to(torch.bfloat16)
+    plain = random_dit()
     quantize_blocks(plain, kind)
     model, given = deepcopy(plain), inputs(8)
     swap = BlockSwap(model, 4, "cpu")
