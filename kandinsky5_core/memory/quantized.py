@@ -113,6 +113,12 @@ def quantize_linear(layer: nn.Linear, config: Any) -> None:
 def block_linears(dit: DiffusionTransformer) -> Iterator[tuple[str, nn.Linear]]:
     """Name and layer of what is quantised."""
     for name, module in dit.named_modules():
-        # Modulation is small, runs in fp32 and steers everything.
-        if "transformer_blocks." in name and isinstance(module, nn.Linear) and "modulation" not in name:
+        if isinstance(module, nn.Linear) and is_block_weight(f"{name}.weight", tuple(module.weight.shape)):
             yield name, module
+
+
+def is_block_weight(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor of the DiT is one that is quantised."""
+    # Modulation is small, runs in fp32 and steers everything.
+    inside = "transformer_blocks." in name and "modulation" not in name
+    return inside and name.endswith(".weight") and len(shape) == 2
