@@ -34,7 +34,7 @@ def quantize_qwen(qwen: Qwen2_5_VLForConditionalGeneration, kind: str) -> None:
             if config is not None:
                 quantize_linear(child, config)
             else:
-                setattr(layer, name, _as_nf4(child))
+                setattr(layer, name, as_nf4(child))
 
 
 def check_text_package(kind: str) -> None:
@@ -58,7 +58,8 @@ def _bitsandbytes() -> Any:
     return bitsandbytes
 
 
-def _as_nf4(layer: nn.Linear) -> nn.Module:
+def as_nf4(layer: nn.Linear) -> nn.Module:
+    """The layer in NF4, on the same device; its products run in the dtype that it had."""
     library = _bitsandbytes()
     made = library.nn.Linear4bit(
         layer.in_features, layer.out_features, bias=layer.bias is not None, compute_dtype=layer.weight.dtype,
