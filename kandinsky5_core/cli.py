@@ -75,6 +75,7 @@ def _add_models(parser: argparse.ArgumentParser) -> None:
 def _add_generate(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("generate", help="make a video or an image from a prompt")
     _add_models(parser)
+    _add_memory(parser)
     parser.add_argument("--task", help="t2v, i2v, t2i or i2i (default: the model's first)")
     parser.add_argument("--prompt", required=True)
     parser.add_argument("--negative", help="what should not be seen; default the variant's")
@@ -116,6 +117,19 @@ def _add_cache(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     cache.add_argument("--cache-ratios", type=Path, metavar="FILE",
                        help="measured ratios; default those beside the model, else the released ones")  # fmt: skip
     return cache
+
+
+def _add_memory(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    memory = parser.add_argument_group("memory")
+    memory.add_argument("--weights", default="as-is", choices=("as-is", "fp8", "int8"), help="linear layers of the "
+                        "DiT's blocks in eight bits, half of bf16; needs torchao (default as-is)")  # fmt: skip
+    memory.add_argument("--text-weights", default="as-is", choices=("as-is", "int8", "nf4"), help="Qwen's layers in "
+                        "eight bits (torchao) or four (bitsandbytes)")  # fmt: skip
+    memory.add_argument("--swap-blocks", type=int, default=0, metavar="N", help="visual blocks that wait in CPU "
+                        "memory and come to the device ahead of their turn (default 0)")  # fmt: skip
+    memory.add_argument("--offload", default="stage", choices=("stage", "none"), help="stage (default): each network "
+                        "is on the device for its own stage only; none: all stay there")  # fmt: skip
+    return memory
 
 
 def _add_given(parser: argparse.ArgumentParser) -> None:
@@ -169,6 +183,7 @@ def _add_score(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--model", choices=[name for name in VARIANTS if name.startswith("nano-")], metavar="NAME",
                         help="nano-video, nano-image or nano-edit; default the one made for the task")  # fmt: skip
     _add_cache(parser)
+    _add_memory(parser)
     parser.add_argument("--json", action="store_true")
     parser.set_defaults(run=_score)
 
@@ -289,11 +304,14 @@ def _convert(args: argparse.Namespace) -> None:
 
 
 def _score(args: argparse.Namespace) -> None:
-    from .commands import cache_options
+    from .commands import cache_options, memory_of
     from .nano.score import score_nano
 
     options = {} if args.cache == "off" else cache_options(args)
-    _say(args, score_nano(count=args.n, seed=args.seed, task=args.task, models=args.model, options=options))
+    found = score_nano(
+        count=args.n, seed=args.seed, task=args.task, models=args.model, options=options, memory=memory_of(args)
+    )
+    _say(args, found)
 
 
 def _bench(args: argparse.Namespace) -> None:

@@ -15,9 +15,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .attention.engines import probe_engines
-from .loading import DTYPES, ModelFiles, check_device, find_files, load_files, resolve_dtype
+from .loading import DTYPES, ModelFiles, check_device, check_memory, find_files, load_files, resolve_dtype
 from .media import check_output, read_image, read_video, write_image, write_video
 from .memory.apply import compile_blocks
+from .memory.options import MemoryOptions
 from .memory.peak import peak_memory_bytes
 from .pipeline import Models, Result, choose_engine, fitting_variant, generate
 from .request import NO_OUTPAINT, Request, resolve
@@ -43,6 +44,8 @@ def generate_command(args: argparse.Namespace) -> dict[str, object]:
         args.model, text_encoder=args.text_encoder, clip=args.clip, vae=args.vae, tokenizers=args.tokenizers,
         variant_name=args.variant,
     )  # fmt: skip
+    memory = memory_of(args)
+    check_memory(memory, files.variant)
     request = request_of(args, files.variant.tasks[0])
     if not files.variant_named:
         files = replace(files, variant=fitting_variant(request, files.variant))
@@ -56,7 +59,7 @@ def generate_command(args: argparse.Namespace) -> dict[str, object]:
         check_output(path, request.num_frames, height=request.height, width=request.width)
         check_even(path, request)
     began = time.perf_counter()
-    models = load_files(files, device=args.device, dtype=args.dtype, lm_head=args.enhance)
+    models = load_files(files, device=args.device, dtype=args.dtype, lm_head=args.enhance, memory=memory)
     load_seconds = round(time.perf_counter() - began, 3)
     if args.compile:
         compile_blocks(models.dit)
@@ -79,6 +82,13 @@ def generate_command(args: argparse.Namespace) -> dict[str, object]:
         **({"cache": result.cache} if result.cache else {}),
         **({"calibrated": str(calibrated)} if calibrated else {}),
     }
+
+
+def memory_of(args: argparse.Namespace) -> MemoryOptions:
+    """The memory options that were given."""
+    return MemoryOptions(
+        weights=args.weights, text_weights=args.text_weights, swap_blocks=args.swap_blocks, offload=args.offload
+    )
 
 
 def calibration_path(named: str, files: ModelFiles, request: Request) -> Path:

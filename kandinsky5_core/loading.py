@@ -10,6 +10,10 @@ import torch
 
 from .config import Variant, variant
 from .dit.model import DiffusionTransformer
+from .memory.block_swap import BlockSwap
+from .memory.options import AS_IS, MemoryOptions
+from .memory.quantized import load_quantized_dit, torchao_config
+from .memory.quantized_text import check_text_package, quantize_qwen
 from .pipeline import Models
 from .text.encoder import TextEncoder, load_text_encoder
 from .vae.flux import FluxVAE
@@ -87,21 +91,24 @@ def find_files(
 def load(
     model: str | Path = "nano-video", *, text_encoder: str | Path | None = None, clip: str | Path | None = None,
     vae: str | Path | None = None, tokenizers: str | Path | None = None, variant_name: str | None = None,
-    device: str | torch.device = "cpu", dtype: str | torch.dtype | None = None,
+    device: str | torch.device = "cpu", dtype: str | torch.dtype | None = None, memory: MemoryOptions | None = None,
 ) -> Models:  # fmt: skip
     """Load a model by name or from files; see `find_files` for what the arguments may be.
 
     Args:
-        device: Where to compute. The networks wait on the CPU and go there for their own stage.
+        device: Where to compute. The networks wait on the CPU and go there for their own stage, unless `memory` says
+            otherwise.
         dtype: 'fp32', 'fp16' or 'bf16'; default bf16 on an accelerator and fp32 on the CPU.
+        memory: Quantised weights, swapped blocks, offloading.
 
     Raises:
-        ValueError: a part is missing, foreign, damaged or of another model.
+        ValueError: a part is missing, foreign, damaged or of another model; a memory option does not fit or needs a
+            package.
     """
     files = find_files(
         model, text_encoder=text_encoder, clip=clip, vae=vae, tokenizers=tokenizers, variant_name=variant_name
     )
-    return load_files(files, device=device, dtype=dtype)
+    return load_files(files, device=device, dtype=dtype, memory=memory)
 
 
 def load_files(
@@ -110,20 +117,45 @@ def load_files(
     device: str | torch.device = "cpu",
     dtype: str | torch.dtype | None = None,
     lm_head: bool = False,
+    memory: MemoryOptions | None = None,
 ) -> Models:
     """The models of files that `find_files` found; `lm_head` also loads what the prompt enhancer needs."""
-    device = check_device(str(device))
+    device, memory = check_device(str(device)), memory or MemoryOptions()
+    check_memory(memory, files.variant)
     weights_dtype = resolve_dtype(dtype, device)
+    dit = load_dit_of(files, weights_dtype, memory.weights)
+    swap = BlockSwap(dit, memory.swap_blocks, device) if memory.swap_blocks else None
     return Models(
-        variant=files.variant, dit=load_dit_of(files, weights_dtype), vae=load_vae_of(files, weights_dtype),
-        text_encoder=load_text_of(files, weights_dtype, lm_head=lm_head), device=device, dtype=weights_dtype,
-        model_hash=model_hash(files.dit, want="dit"), variant_named=files.variant_named, weights=files.dit,
+        variant=files.variant, dit=dit, vae=load_vae_of(files, weights_dtype),
+        text_encoder=load_text_of(files, weights_dtype, lm_head=lm_head, weights=memory.text_weights), device=device,
+        dtype=weights_dtype, model_hash=model_hash(files.dit, want="dit"), variant_named=files.variant_named,
+        weights=files.dit, memory=memory, swap=swap,
     )  # fmt: skip
 
 
-def load_dit_of(files: ModelFiles, dtype: torch.dtype) -> DiffusionTransformer:
-    """The DiT alone, on the CPU."""
-    dit, _ = load_dit(files.dit, dtype=dtype)
+def check_memory(memory: MemoryOptions, variant: Variant) -> None:
+    """Refuse memory options that cannot be had, before anything is loaded.
+
+    Raises:
+        ValueError: more blocks than the model has, or a package is missing.
+    """
+    if memory.weights != AS_IS:
+        torchao_config(memory.weights)
+    check_text_package(memory.text_weights)
+    blocks = variant.dit.num_visual_blocks
+    if memory.swap_blocks > blocks:
+        raise ValueError(f"swap_blocks {memory.swap_blocks} is more than the {blocks} visual blocks of {variant.name}")
+
+
+def load_dit_of(files: ModelFiles, dtype: torch.dtype, weights: str = AS_IS) -> DiffusionTransformer:
+    """The DiT alone, on the CPU; `weights` as in `MemoryOptions`."""
+    if weights == AS_IS:
+        dit, info = load_dit(files.dit, dtype=dtype)
+        if any(name.startswith("fp8") for name in info.dtypes):
+            log.warning("the DiT's fp8 weights become %s in memory; weights fp8 keeps them as they are", dtype)
+    else:
+        dit, _ = load_quantized_dit(files.dit, weights, dtype=dtype)
+        log.info("linear layers of the DiT's blocks are kept in %s", weights)
     if dit.config != files.variant.dit:
         raise ValueError(f"--model {files.dit} does not have the sizes of variant {files.variant.name}")
     return dit.eval()
@@ -139,13 +171,22 @@ def load_vae_of(files: ModelFiles, dtype: torch.dtype) -> HunyuanVAE | FluxVAE:
     return vae.eval()
 
 
-def load_text_of(files: ModelFiles, dtype: torch.dtype, *, lm_head: bool = False) -> TextEncoder:
-    """The text encoders alone, on the CPU; `lm_head` also loads what the prompt enhancer needs."""
+def load_text_of(
+    files: ModelFiles, dtype: torch.dtype, *, lm_head: bool = False, weights: str = AS_IS
+) -> TextEncoder:
+    """The text encoders alone, on the CPU.
+
+    Args:
+        lm_head: Also load what the prompt enhancer needs.
+        weights: `text_weights` of `MemoryOptions`.
+    """
     folder = files.tokenizers
     named = {"comfyui": folder} if folder and (folder / "comfy").is_dir() else _tokenizer_folders(folder)
-    return load_text_encoder(
+    encoder = load_text_encoder(
         files.text_encoder, files.clip, **named, lm_head=lm_head, local_files_only=_is_embedded(files), dtype=dtype
     )
+    quantize_qwen(encoder.qwen, weights)
+    return encoder
 
 
 def check_device(name: str) -> torch.device:

@@ -27,6 +27,8 @@ from .config import Variant, variant_for_size
 from .dit.model import DiffusionTransformer
 from .dit.plan import plan_visual
 from .inputs import Inputs, encode_inputs
+from .memory.block_swap import BlockSwap
+from .memory.options import MemoryOptions
 from .request import Request, resolve, settings
 from .sampling.guidance import GUIDANCE_OFF, guided_velocity, hold_given
 from .sampling.guidance_batch import batches_guidance
@@ -60,6 +62,10 @@ class Models:
     """Short content hash of the DiT's file."""
     weights: Path | None = None
     """The DiT's file or folder; calibrated cache ratios lie beside it."""
+    memory: MemoryOptions = field(default_factory=MemoryOptions)
+    """What the networks were loaded with."""
+    swap: BlockSwap | None = None
+    """Of the DiT, where blocks of it are swapped."""
 
     @cached_property
     def engines(self) -> Engines:
@@ -68,13 +74,14 @@ class Models:
 
     @contextmanager
     def on_device(self, model: nn.Module | TextEncoder) -> Iterator[None]:
-        """One network at a time on the device: moved there for its stage and back to the CPU after it."""
-        model.to(self.device)
+        """The network on the device for its stage, and back to the CPU after it unless all stay there."""
+        placed = self.swap if self.swap is not None and model is self.dit else model
+        placed.to(self.device)
         try:
             yield
         finally:
-            if self.device.type != "cpu":
-                model.to("cpu")
+            if self.device.type != "cpu" and self.memory.offload == "stage":
+                placed.to("cpu")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,8 +145,8 @@ def generate(
     else:
         frames = make(request)
     return Result(
-        frames=frames, settings={**settings(request, models.variant), **clock.told}, seconds=clock.seconds,
-        cache={} if chosen is None else chosen.told(),
+        frames=frames, settings={**settings(request, models.variant), **clock.told, **models.memory.told()},
+        seconds=clock.seconds, cache={} if chosen is None else chosen.told(),
     )  # fmt: skip
 
 

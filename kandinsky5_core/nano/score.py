@@ -17,6 +17,7 @@ from ..conditioning import ImageConditioning, TextConditioning, joined
 from ..config import variant as find_variant
 from ..inputs import Inputs, encode_inputs
 from ..loading import load
+from ..memory.options import MemoryOptions
 from ..pipeline import Models, decode_frames, encode_prompts, generate, sample_latents
 from ..request import Request, resolve
 from ..sampling.partial import PartialNoise
@@ -29,7 +30,7 @@ BATCH = 10
 
 def score_nano(
     *, count: int = 100, seed: int = 1, task: str = "t2v", models: Models | str | None = None,
-    options: Mapping[str, object] | None = None,
+    options: Mapping[str, object] | None = None, memory: MemoryOptions | None = None,
 ) -> dict[str, object]:  # fmt: skip
     """Mean marks over random cases of a task, by name.
 
@@ -39,6 +40,7 @@ def score_nano(
         task: A key of `CASES`.
         models: Or the name of an embedded model; default the one that is made for the task.
         options: Fields of `Request` for every case, such as a step cache.
+        memory: How an embedded model is loaded; `Models` come with theirs.
 
     Raises:
         ValueError: count below 1, an unknown task, or one that the model does not do.
@@ -47,7 +49,7 @@ def score_nano(
         raise ValueError(f"--n must be at least 1, got {count}")
     if task not in CASES:
         raise ValueError(f"unknown task '{task}'; use one of {', '.join(CASES)}")
-    models = _models_for(task, models)
+    models = _models_for(task, models, memory)
     rng = random.Random(f"score-{seed}-{task}")
     cases = [CASES[task][1](rng, models.variant) for _ in range(count)]
     cases = [replace(case, request=replace(case.request, **(options or {}))) for case in cases]
@@ -61,15 +63,15 @@ def score_nano(
             bar.update(len(batch))
     means = {key: round(sum(values) / len(values), 4) for key, values in marks.items()}
     return {"task": task, "n": count, "seed": seed, "model": models.variant.name,
-            "model_hash": models.model_hash, **(options or {}), **means}  # fmt: skip
+            "model_hash": models.model_hash, **(options or {}), **models.memory.told(), **means}  # fmt: skip
 
 
-def _models_for(task: str, models: Models | str | None) -> Models:
+def _models_for(task: str, models: Models | str | None, memory: MemoryOptions | None) -> Models:
     models = models or CASES[task][0]
     variant = find_variant(models) if isinstance(models, str) else models.variant
     if REQUEST_TASKS.get(task, task) not in variant.tasks:
         raise ValueError(f"{variant.name} does not do task '{task}'; use {CASES[task][0]}")
-    return load(models) if isinstance(models, str) else models
+    return load(models, memory=memory) if isinstance(models, str) else models
 
 
 def _size(case: Case) -> tuple[int, int]:

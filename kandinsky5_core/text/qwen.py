@@ -15,8 +15,9 @@ import torch
 
 from ..weights.container import TensorRecord, WeightsError
 from ..weights.modules import build_on_meta
+from ..weights.scaled_fp8 import split_scales
 from ..weights.source import open_source
-from .loading import count_layers, fill_transformer, find_prefix, looks_like, shape_of, split_scales, under
+from .loading import count_layers, fill_transformer, find_prefix, looks_like, shape_of, under
 
 if TYPE_CHECKING:
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration

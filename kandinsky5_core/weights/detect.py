@@ -14,6 +14,7 @@ from . import deduce, kinds
 from .container import DTYPES, TensorRecord, WeightsError
 from .keys import PREFIXES, attention_as_matrix, count_indexed, split_prefixes, vae_from_single
 from .modules import tensor_shapes
+from .scaled_fp8 import split_scales
 from .source import WeightsSource, open_source
 from .variants import Choice, choose_variant, matching_variants
 
@@ -65,6 +66,8 @@ class Identified:
     info: WeightsInfo
     records: Mapping[str, TensorRecord]
     """Our tensor name -> where it is, with attention projections of VAEs as matrices."""
+    scales: Mapping[str, TensorRecord] | None = None
+    """Of fp8 weights, by the weights' names; None where the model is not loaded from fp8."""
 
 
 def inspect_file(path: str | Path, *, want: str | None = None) -> WeightsInfo:
@@ -115,10 +118,13 @@ def identify(source: WeightsSource, *, want: str | None = None) -> Identified:
     }
     looks_like = kinds.looks_like(records.keys())
     try:
+        scales = None
+        if kind == kinds.DIT:
+            records, scales = split_scales(records)
         if kind in (kinds.DIT, *kinds.VAE_KINDS):
             _check_unmixed(source, prefix, records)
         if kind == kinds.DIT:
-            return _identify_dit(source, prefix, records)
+            return _identify_dit(source, prefix, records, scales)
         if kind in kinds.VAE_KINDS:
             return _identify_vae(source, kind, prefix, records)
     except WeightsError as error:
@@ -139,7 +145,7 @@ def _choose_part(source: WeightsSource, want: str | None) -> tuple[str, str]:
 def _check_unmixed(source: WeightsSource, prefix: str, records: Mapping[str, TensorRecord]) -> None:
     """Full checkpoints hold several models, each under its own prefix; anything beside that is a mixture."""
     if kinds.is_quantised(records.keys()):
-        raise WeightsError("quantised (it has scale tensors); expected fp32, fp16 or bf16 weights")
+        raise WeightsError("quantised in a way that is not read; expected fp32, fp16 or bf16 weights, a DiT's also fp8")
     parts = split_prefixes(source.tensors)
     others = {other: names for other, names in parts.items() if other != prefix}
     for other, names in others.items():
@@ -150,7 +156,9 @@ def _check_unmixed(source: WeightsSource, prefix: str, records: Mapping[str, Ten
             )
 
 
-def _identify_dit(source: WeightsSource, prefix: str, records: Mapping[str, TensorRecord]) -> Identified:
+def _identify_dit(
+    source: WeightsSource, prefix: str, records: Mapping[str, TensorRecord], scales: Mapping[str, TensorRecord]
+) -> Identified:
     hints = deduce.hints_from(source.metadata, source.folder_config)
     config = deduce.dit_config(_shapes(records), hints)
     check_tensors(_shapes(records), tensor_shapes(config))
@@ -162,7 +170,7 @@ def _identify_dit(source: WeightsSource, prefix: str, records: Mapping[str, Tens
     layout = "comfyui" if prefix else "diffusers" if in_folder else "official"
     info = _info(source, kinds.DIT, kinds.WORDS[kinds.DIT], layout, prefix, records)
     info = _with_variant(info, config, tuple(row.name for row in rows), choice)
-    return Identified(info=info, records=records)
+    return Identified(info=info, records=records, scales=scales)
 
 
 def _identify_vae(source: WeightsSource, kind: str, prefix: str, records: Mapping[str, TensorRecord]) -> Identified:

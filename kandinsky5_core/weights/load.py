@@ -6,7 +6,7 @@ a few megabytes. Either way the peak is the weights in the target dtype and litt
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from types import ModuleType
 
@@ -16,6 +16,7 @@ from . import kinds
 from .container import CAST_SPAN, DTYPES, LOADABLE, MAP_SPAN, MappedFile, TensorRecord, WeightsError
 from .detect import Identified, WeightsInfo, check_tensors, identify
 from .modules import build_on_meta, module_for
+from .scaled_fp8 import FP8, dequantize
 from .source import open_source
 
 
@@ -30,7 +31,7 @@ def load_dit(
 
     Args:
         path: file, index, model folder or pipeline folder.
-        dtype: of the weights in memory; None keeps the file's.
+        dtype: of the weights in memory; None keeps the file's, and makes bf16 of fp8.
         ops: layer factory.
 
     Raises:
@@ -79,10 +80,14 @@ def fill_module(
     build: Callable[[], torch.nn.Module],
     records: Mapping[str, TensorRecord],
     *,
+    scales: Mapping[str, TensorRecord] | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
 ) -> torch.nn.Module:
     """The module that `build` makes, with the tensors at `records` (by the module's names) as its weights.
+
+    Args:
+        scales: Of fp8 weights, by the weights' names; None refuses fp8.
 
     Raises:
         WeightsError: names or shapes differ from the module's, or a dtype cannot be loaded.
@@ -90,10 +95,29 @@ def fill_module(
     module = build_on_meta(build)
     expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     check_tensors({name: record.shape for name, record in records.items()}, expected)
-    check_dtypes(records)
-    module.load_state_dict(read_tensors(records, dtype=dtype, device=device), assign=True)
+    check_dtypes(records, LOADABLE if scales is None else (*LOADABLE, *FP8))
+    module.load_state_dict(read_weights(records, scales or {}, dtype=dtype, device=device), assign=True)
     _settle_buffers(module, device)
     return module
+
+
+def read_weights(
+    records: Mapping[str, TensorRecord],
+    scales: Mapping[str, TensorRecord],
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+) -> dict[str, torch.Tensor]:
+    """`read_tensors`, with fp8 weights times their scales in fp32, in `dtype` (None: bfloat16)."""
+    fp8 = {name: record for name, record in records.items() if record.dtype in FP8}
+    plain = {name: record for name, record in records.items() if name not in fp8}
+    state = read_tensors(plain, dtype=dtype, device=device)
+    factors = read_tensors(scales, dtype=torch.float32, device=device)
+    for name, record in fp8.items():
+        # One at a time, so that only one fp8 original lies beside the weights in the target dtype.
+        raw = read_tensors({name: record}, device=device)[name]
+        state[name] = dequantize(raw, factors.get(name), dtype or torch.bfloat16)
+    return state
 
 
 def read_tensors(
@@ -111,14 +135,14 @@ def read_tensors(
     return tensors
 
 
-def check_dtypes(records: Mapping[str, TensorRecord]) -> None:
+def check_dtypes(records: Mapping[str, TensorRecord], known: Collection[str] = LOADABLE) -> None:
     """Refuse dtypes that weights are not kept in.
 
     Raises:
         WeightsError: names the first such tensor.
     """
     for name, record in records.items():
-        if record.dtype not in LOADABLE:
+        if record.dtype not in known:
             raise WeightsError(
                 f"tensor '{name}' is {DTYPES[record.dtype][0]}; expected fp32, fp16 or bf16 weights, not quantised ones"
             )
@@ -145,7 +169,9 @@ def _load(
     found = identify_wanted(path, want)
     config = found.info.config
     try:
-        module = fill_module(lambda: module_for(config, ops), found.records, dtype=dtype, device=device)
+        module = fill_module(
+            lambda: module_for(config, ops), found.records, scales=found.scales, dtype=dtype, device=device
+        )
     except WeightsError as error:
         raise WeightsError(f"{path}: {error}") from error
     return module, found.info

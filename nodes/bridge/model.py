@@ -19,6 +19,7 @@ from ...kandinsky5_core.config import Variant
 from ...kandinsky5_core.sampling.schedule import shifted
 from ...kandinsky5_core.weights.load import fill_module, identify_wanted
 from .dit import ComfyDiT
+from .fp8 import FORMATS, fill_fp8, stored_fp8
 from .latent_format import latent_format_for
 
 TIMESTEPS = 50_400
@@ -117,11 +118,15 @@ def _held(kwargs: dict[str, Any], noise: Tensor) -> tuple[Tensor | None, Tensor 
     return clean, given
 
 
-def load_model(path: Path, variant: Variant, weight_dtype: torch.dtype | None = None, *, named: bool = True) -> Any:
+def load_model(
+    path: Path, variant: Variant, weight_dtype: torch.dtype | None = None, *, named: bool = True, fast: bool = False
+) -> Any:
     """A ModelPatcher with the DiT of `path`; ComfyUI decides devices, and the dtype where none is given.
 
     Args:
+        weight_dtype: fp8 is for the blocks' linear layers, with a scale each; None also keeps a file's fp8.
         named: The user chose the row; otherwise the size of the latents chooses between SD and HD.
+        fast: fp8 weights are multiplied in fp8.
 
     Raises:
         WeightsError: the file is no Kandinsky 5 DiT.
@@ -129,16 +134,24 @@ def load_model(path: Path, variant: Variant, weight_dtype: torch.dtype | None = 
     found = identify_wanted(path, "dit")
     if found.info.config != variant.dit:
         raise ValueError(f"{path.name} does not have the sizes of variant {variant.name}")
+    fp8 = weight_dtype if weight_dtype in FORMATS else stored_fp8(found) if weight_dtype is None else None
     device = comfy.model_management.get_torch_device()
-    if weight_dtype is None:
+    if weight_dtype is None or fp8 is not None:
         weight_dtype = comfy.model_management.unet_dtype(
             model_params=sum(record.numel for record in found.records.values()),
             supported_dtypes=K5ModelConfig.supported_inference_dtypes,
         )
     config = K5ModelConfig(variant, weight_dtype, device)
-    dit = fill_module(
-        lambda: ComfyDiT(variant, ops=comfy.ops.manual_cast, named=named), found.records, dtype=weight_dtype
-    )
+
+    def build(ops: Any) -> ComfyDiT:
+        return ComfyDiT(variant, ops=ops, named=named)
+
+    if fp8 is not None:
+        dit = fill_fp8(build, found, fp8=fp8, dtype=weight_dtype, fast=fast)
+    else:
+        dit = fill_module(
+            lambda: build(comfy.ops.manual_cast), found.records, scales=found.scales, dtype=weight_dtype
+        )
     dit.dtype = weight_dtype
     model = K5Model(config, dit)
     model.weights = path

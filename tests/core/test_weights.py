@@ -337,7 +337,8 @@ def test_headers_with_random_damage_are_refused_or_read(tmp_path):
             lambda state: state.update({"visual_embeddings.in_layer.weight": torch.zeros(64, 4 * 20)}),
             "20 channels for 16",
         ),
-        (lambda state: state.update({"scaled_fp8": torch.zeros(2)}), "quantised"),
+        (lambda state: state.update({"text_embeddings.in_layer.weight_scale_2": torch.zeros(2)}), "quantised"),
+        (lambda state: state.update({"text_embeddings.in_layer.weight_scale": torch.ones(1)}), "not an fp8 tensor"),
         (
             lambda state: state.update({"visual_transformer_blocks.999999999.x": torch.zeros(1)}),
             "24 tensors are missing .*visual_transformer_blocks.999999999.x",
