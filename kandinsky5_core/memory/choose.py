@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from ..shapes import VideoShape
-from .estimate import Job, Need, Settings, estimate
+from .estimate import Job, Need, Settings, dit_work, estimate, network_bytes
+from .options import MemoryOptions
 
 GIB = 2**30
 BUDGETS = (8, 12, 16, 24, 48, 80)
@@ -135,9 +136,9 @@ def _swap(job: Job) -> Change:
     def change(settings: Settings, over: set[str], usable: int) -> Settings:
         if "dit" not in over:
             return settings
-        tried = (replace(settings, memory=replace(settings.memory, swap_blocks=count)) for count in range(total + 1))
-        fitting = (one for one in tried if "dit" not in _too_large(estimate(job, one), usable, None))
-        return next(fitting, replace(settings, memory=replace(settings.memory, swap_blocks=total)))
+        left = usable - dit_work(job, settings)
+        tried = [replace(settings, memory=replace(settings.memory, swap_blocks=count)) for count in range(total + 1)]
+        return next((one for one in tried if network_bytes(job, one)["dit"] <= left), tried[-1])
 
     return change
 
@@ -207,9 +208,8 @@ def _smaller(job: Job) -> Iterator[VideoShape]:
 def _check_fits(job: Job, budget_bytes: int, cpu_bytes: int | None) -> None:
     """Raise DoesNotFit where no settings fit, without looking for smaller sizes again."""
     usable = budget_bytes - reserve(budget_bytes)
-    settings = plain_settings(job)
-    everything = {"text", "vae_encode", "dit", "vae_decode", "cpu"}
-    for change, _ in _changes(job):
-        settings = change(settings, everything, usable)
+    total = job.variant.dit.num_visual_blocks
+    memory = MemoryOptions(weights="fp8", text_weights="nf4", swap_blocks=total, offload="stage")
+    settings = Settings(memory=memory, vae_budget_bytes=VAE_BUDGETS[-1])
     if _too_large(estimate(job, settings), usable, cpu_bytes):
         raise DoesNotFit("")
