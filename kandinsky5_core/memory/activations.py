@@ -20,6 +20,8 @@ FP32, ROPE_SIZE = 4, 2
 BLOCK_TOKENS = 64
 MAX_SCORES = 2**24
 """Of `attention.block_mask`: entries of the pooled map that are sorted at a time."""
+CAST_NUMBERS = 2**20
+"""Of `dit.layers`."""
 SORT_BYTES = 29
 """A sorted entry: scores and probabilities, the same sorted, its order, running sums, and what is kept."""
 MASK_BYTES = 9
@@ -48,13 +50,14 @@ def block_bytes(config: DiTConfig, tokens: int, element_size: int, *, first: boo
 
 def dit_bytes(
     config: DiTConfig, num_tokens: int, element_size: int, *, batch: int = 1, text_tokens: int = 256,
-    nabla: bool = False,
+    nabla: bool = False, on_cpu: bool = False,
 ) -> int:  # fmt: skip
     """Of one evaluation of the DiT, its inputs not counted.
 
     Args:
         num_tokens: S; under NABLA padded to whole token blocks.
         nabla: With NABLA's block mask.
+        on_cpu: Modulation weights are cast to fp32 in parts (`dit.layers.CAST_NUMBERS`), elsewhere whole.
     """
     single = config.num_visual_blocks == 1
     visual = batch * (block_bytes(config, 1, element_size, first=single) * num_tokens)
@@ -63,7 +66,10 @@ def dit_bytes(
     refined = batch * text_tokens * config.model_dim * element_size
     refining = batch * block_bytes(config, text_tokens, element_size, first=config.num_text_blocks == 1)
     modulation = batch * 9 * config.model_dim * FP32
-    return max(refined + visual, refining) + modulation
+    weights = 0 if element_size == FP32 else 9 * config.model_dim * config.time_dim
+    cast = FP32 * (min(weights, CAST_NUMBERS) if on_cpu else weights)
+    entering = 2 * batch * num_tokens * config.model_dim * element_size
+    return max(refined + visual, refining, refined + entering + cast) + modulation
 
 
 def nabla_bytes(config: DiTConfig, num_tokens: int, element_size: int, *, batch: int = 1) -> int:
