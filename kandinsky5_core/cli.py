@@ -219,6 +219,7 @@ def _add_plan(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), default="bf16", help="default bf16")
     parser.add_argument("--budget", type=float, metavar="GB", help="memory of the card (default: a table of 8 to 80)")
     parser.add_argument("--cpu-memory", type=float, metavar="GB", help="memory beside it (default: not looked at)")
+    parser.add_argument("--train", type=Path, metavar="JOB", help="job.json: what its steps need instead")
     parser.add_argument("--json", action="store_true")
     parser.set_defaults(run=_plan)
 

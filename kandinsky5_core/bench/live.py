@@ -25,7 +25,7 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:  # noqa: ARG002
+    ) -> Any:
         self._see((args, kwargs), counted=False)
         result = func(*args, **(kwargs or {}))
         self._see(result, counted=True)

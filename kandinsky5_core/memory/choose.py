@@ -22,7 +22,7 @@ STAGE_NAMES = {"load": "loading", "text": "text encoding", "vae_encode": "VAE en
                "vae_decode": "VAE decoding"}  # fmt: skip
 
 
-class DoesNotFit(ValueError):
+class DoesNotFitError(ValueError):
     """No settings fit the job into the memory that there is."""
 
 
@@ -70,7 +70,7 @@ def choose(job: Job, *, budget_bytes: int, cpu_bytes: int | None = None) -> Choi
         cpu_bytes: Memory of the process beside it; None: not looked at.
 
     Raises:
-        DoesNotFit: no settings fit; says which stage is too large, what it needs at least, and what size would fit.
+        DoesNotFitError: no settings fit; says which stage is too large, what it needs at least, and what size would fit.
     """
     usable = budget_bytes - reserve(budget_bytes)
     settings, reasons = plain_settings(job), []
@@ -86,7 +86,7 @@ def choose(job: Job, *, budget_bytes: int, cpu_bytes: int | None = None) -> Choi
             reasons.append(told)
     over = _too_large(needs, usable, cpu_bytes)
     if over:
-        raise DoesNotFit(_refusal(job, needs, over, budget_bytes, usable, cpu_bytes))
+        raise DoesNotFitError(_refusal(job, needs, over, budget_bytes, usable, cpu_bytes))
     return Choice(
         job=job, settings=settings, needs=needs, reasons=tuple(reasons), budget_bytes=budget_bytes,
         reserve_bytes=budget_bytes - usable, cpu_bytes=cpu_bytes,
@@ -107,8 +107,7 @@ def _changes(job: Job) -> Iterator[tuple[Change, str]]:
     yield _for({"text", "cpu"}, text_weights="nf4"), "text encoder in NF4"
     yield _swap(job), "blocks swapped"
     # Swapping goes first because it changes no result; where even that is not enough, eight bits are swapped too.
-    yield _for({"dit", "cpu"}, weights="fp8"), "DiT in fp8"
-    yield _swap(job), "blocks swapped"
+    yield _fp8(job), "DiT in fp8"
 
 
 def _for(stages: set[str], **options: str) -> Change:
@@ -139,6 +138,18 @@ def _swap(job: Job) -> Change:
         left = usable - dit_work(job, settings)
         tried = [replace(settings, memory=replace(settings.memory, swap_blocks=count)) for count in range(total + 1)]
         return next((one for one in tried if network_bytes(job, one)["dit"] <= left), tried[-1])
+
+    return change
+
+
+def _fp8(job: Job) -> Change:
+    """Half the weights, so fewer blocks need to be swapped."""
+
+    def change(settings: Settings, over: set[str], usable: int) -> Settings:
+        if not over & {"dit", "cpu"}:
+            return settings
+        smaller = replace(settings, memory=replace(settings.memory, weights="fp8"))
+        return _swap(job)(smaller, {"dit"}, usable)
 
     return change
 
@@ -185,7 +196,7 @@ def smaller_shape(job: Job, budget_bytes: int, cpu_bytes: int | None = None) -> 
     for shape in _smaller(job):
         try:
             _check_fits(replace(job, shape=shape), budget_bytes, cpu_bytes)
-        except DoesNotFit:
+        except DoesNotFitError:
             continue
         return shape
     return None
@@ -206,10 +217,10 @@ def _smaller(job: Job) -> Iterator[VideoShape]:
 
 
 def _check_fits(job: Job, budget_bytes: int, cpu_bytes: int | None) -> None:
-    """Raise DoesNotFit where no settings fit, without looking for smaller sizes again."""
+    """Raise DoesNotFitError where no settings fit, without looking for smaller sizes again."""
     usable = budget_bytes - reserve(budget_bytes)
     total = job.variant.dit.num_visual_blocks
     memory = MemoryOptions(weights="fp8", text_weights="nf4", swap_blocks=total, offload="stage")
     settings = Settings(memory=memory, vae_budget_bytes=VAE_BUDGETS[-1])
     if _too_large(estimate(job, settings), usable, cpu_bytes):
-        raise DoesNotFit("")
+        raise DoesNotFitError("")

@@ -6,7 +6,7 @@ the process beside it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import ceil, prod
 
 from ..config import NablaConfig, Variant
@@ -60,7 +60,7 @@ class Job:
 class Settings:
     """How it is to be run."""
 
-    memory: MemoryOptions = MemoryOptions()
+    memory: MemoryOptions = field(default_factory=MemoryOptions)
     guidance_batched: bool = False
     vae_budget_bytes: int = DEFAULT_BUDGET_BYTES
 

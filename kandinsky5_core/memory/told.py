@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .choose import BUDGETS, GIB, STAGE_NAMES, Choice, DoesNotFit, choose
+from .choose import BUDGETS, GIB, STAGE_NAMES, Choice, DoesNotFitError, choose
 from .estimate import Job, Settings
 from .options import AS_IS
 
@@ -76,7 +76,7 @@ def budget_rows(job: Job, *, budgets: Sequence[int] = BUDGETS, cpu_bytes: int | 
     for budget in budgets:
         try:
             choice = choose(job, budget_bytes=budget * GIB, cpu_bytes=cpu_bytes)
-        except DoesNotFit as error:
+        except DoesNotFitError as error:
             rows.append((f"{budget} GB", "-", "-", f"does not fit: {str(error).split(': ', 1)[1]}"))
             continue
         told = settings_text(choice.settings, job.variant.dit.num_visual_blocks)

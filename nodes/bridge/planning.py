@@ -5,7 +5,7 @@ from __future__ import annotations
 import comfy.model_management
 
 from ...kandinsky5_core.config import VARIANTS
-from ...kandinsky5_core.memory.choose import GIB, DoesNotFit, choose
+from ...kandinsky5_core.memory.choose import GIB, DoesNotFitError, choose
 from ...kandinsky5_core.memory.estimate import default_job
 from ...kandinsky5_core.memory.told import budgets_text, choice_text, job_text
 
@@ -29,6 +29,6 @@ def plan_text(name: str, width: int, height: int, frames: int, batch: int, budge
         return f"{job_text(job)}\n{budgets_text(job)}"
     try:
         choice = choose(job, budget_bytes=round(budget * GIB))
-    except DoesNotFit as error:
+    except DoesNotFitError as error:
         return f"{job_text(job)}\n{error}"
     return f"{job_text(job)}\n{choice_text(choice)}"

@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -15,7 +17,7 @@ from kandinsky5_core.dit.model import DiffusionTransformer
 from kandinsky5_core.dit.plan import plan_visual
 from kandinsky5_core.memory import parameters, training
 from kandinsky5_core.memory.apply import checkpoint_blocks
-from kandinsky5_core.memory.choose import BUDGETS, GIB, DoesNotFit, choose, reserve, smaller_shape
+from kandinsky5_core.memory.choose import BUDGETS, GIB, DoesNotFitError, choose, reserve, smaller_shape
 from kandinsky5_core.memory.estimate import Settings, default_job, estimate
 from kandinsky5_core.memory.options import MemoryOptions
 from kandinsky5_core.shapes import VideoShape
@@ -168,17 +170,17 @@ def test_small_cpu_memory_takes_fewer_bits_or_is_refused():
     assert choose(job, budget_bytes=24 * GIB).settings.memory.text_weights == "as-is"
     tight = choose(job, budget_bytes=24 * GIB, cpu_bytes=16 * GIB)
     assert tight.settings.memory.text_weights == "int8" and tight.cpu_peak <= 16 * GIB
-    with pytest.raises(DoesNotFit, match="with 4 GiB of CPU memory: at least"):
+    with pytest.raises(DoesNotFitError, match="with 4 GiB of CPU memory: at least"):
         choose(job, budget_bytes=24 * GIB, cpu_bytes=4 * GIB)
 
 
 def test_what_does_not_fit_is_refused_with_a_size_that_does():
     job = default_job(variant("pro-t2v-10s-sft"))
-    with pytest.raises(DoesNotFit, match="with every saving sampling still takes"):
+    with pytest.raises(DoesNotFitError, match="with every saving sampling still takes"):
         choose(job, budget_bytes=8 * GIB)
     shape = smaller_shape(job, 8 * GIB)
     assert choose(replace(job, shape=shape), budget_bytes=8 * GIB).peak.device < 8 * GIB
-    with pytest.raises(DoesNotFit, match="no smaller size fits either"):
+    with pytest.raises(DoesNotFitError, match="no smaller size fits either"):
         choose(job, budget_bytes=2 * GIB)
 
 
@@ -282,3 +284,36 @@ def test_the_command_refuses_in_a_line(options, told, capsys):
     assert main(["plan", *options]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert re.search(told, line)
+
+
+def test_the_command_reads_a_training_job(tmp_path, capsys):
+    path = tmp_path / "job.json"
+    job = {"model": "file.safetensors", "variant": "lite-t2v-5s-sft", "lora": {"rank": 8}, "fit": {"ema_decay": 0},
+           "data": {"area": 256 * 384, "max_frames": 61}, "gradient_checkpointing": True}  # fmt: skip
+    path.write_text(json.dumps(job))
+    assert main(["plan", "--train", str(path), "--json"]) == 0
+    values = json.loads(capsys.readouterr().out)
+    assert values["tokens"] == 16 * 16 * 24 and values["ema"] == 0
+    assert values["moving"] == training.lora_numbers(variant("lite-t2v-5s-sft").dit, 8)
+    path.write_text(json.dumps({**job, "variant": ""}))
+    assert main(["plan", "--train", str(path)]) == 2
+    assert "name its variant with the key 'variant'" in capsys.readouterr().err
+
+
+def test_numbers_of_a_lora_are_those_of_the_pairs():
+    from train.config import LoraConfig
+    from train.trainable import WithLora
+
+    model = WithLora(subjects.random_dit(NANO_VIDEO, CPU, torch.float32), LoraConfig(rank=4))
+    assert training.lora_numbers(NANO_VIDEO, 4) == sum(tensor.numel() for tensor in model.parameters())
+
+
+def test_the_page_is_up_to_date():
+    from benchmarks.memory_page import PAGE, page
+
+    assert PAGE.read_text(encoding="utf-8") == page(), "run: python -m benchmarks.memory_page"
+
+
+def test_planning_imports_no_torch():
+    code = "import sys, kandinsky5_core.planning; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
