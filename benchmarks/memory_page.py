@@ -1,6 +1,6 @@
 """Writes `docs/memory.md`, whose tables are the planner's.
 
-    python -m benchmarks.memory_page
+python -m benchmarks.memory_page
 """
 
 from __future__ import annotations

@@ -75,8 +75,8 @@ def train_command(path: Path) -> tuple[str, object]:
         checkpointing=values.get("gradient_checkpointing", False), optimizer=fit.get("optimizer", "adamw"),
         ema=fit.get("ema_decay", 1) > 0,
     )  # fmt: skip
-    latent = shape.latent_shape(row.vae)
-    return training_text(job, row, shape, latent.frames), training_values(job, latent.frames * shape.height * shape.width)
+    frames = shape.latent_shape(row.vae).frames
+    return training_text(job, row, shape, frames), training_values(job, frames * shape.height * shape.width)
 
 
 def _training_shape(row: Variant, data: dict[str, int]) -> VideoShape:

@@ -70,7 +70,7 @@ def choose(job: Job, *, budget_bytes: int, cpu_bytes: int | None = None) -> Choi
         cpu_bytes: Memory of the process beside it; None: not looked at.
 
     Raises:
-        DoesNotFitError: no settings fit; says which stage is too large, what it needs at least, and what size would fit.
+        DoesNotFitError: no settings fit; says which stage is too large, what it needs, and what size would fit.
     """
     usable = budget_bytes - reserve(budget_bytes)
     settings, reasons = plain_settings(job), []
@@ -175,10 +175,10 @@ def _refusal(
     job: Job, needs: tuple[Need, ...], over: set[str], budget: int, usable: int, cpu_bytes: int | None
 ) -> str:  # fmt: skip
     height, width, frames = job.shape.height, job.shape.width, job.shape.frames
-    where = f"{job.variant.name} at {width}x{height}, {frames} frames does not fit {budget / GIB:g} GiB"
+    where = f"{job.variant.name} at {width}x{height}, {frames} frames does not fit {budget / GIB:.4g} GiB"
     if over == {"cpu"}:
         need = max(need.cpu for need in needs)
-        return f"{where} with {cpu_bytes / GIB:g} GiB of CPU memory: at least {need / GIB:.1f} GiB are needed"
+        return f"{where} with {cpu_bytes / GIB:.4g} GiB of CPU memory: at least {need / GIB:.1f} GiB are needed"
     limit = max((need for need in needs if need.stage in over), key=lambda need: need.device)
     smaller = smaller_shape(job, budget, cpu_bytes)
     advice = (

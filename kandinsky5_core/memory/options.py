@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 AS_IS = "as-is"
 WEIGHTS = (AS_IS, "fp8", "int8")
@@ -33,6 +33,12 @@ class MemoryOptions:
         check("offload", self.offload, OFFLOADS)
         if self.swap_blocks < 0:
             raise ValueError(f"swap_blocks {self.swap_blocks} is negative; 0 keeps every block on the device")
+
+    def told(self) -> dict[str, object]:
+        """What differs from the defaults, for the settings of a result."""
+        return {
+            item.name: getattr(self, item.name) for item in fields(self) if getattr(self, item.name) != item.default
+        }
 
 
 def check(name: str, value: str, known: tuple[str, ...]) -> None:

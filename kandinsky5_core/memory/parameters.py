@@ -46,9 +46,7 @@ class Counts:
         return self.matrices + self.rows * SCALE_BYTES + rest
 
     def __add__(self, other: Counts) -> Counts:
-        return Counts(
-            matrices=self.matrices + other.matrices, rows=self.rows + other.rows, rest=self.rest + other.rest
-        )
+        return Counts(matrices=self.matrices + other.matrices, rows=self.rows + other.rows, rest=self.rest + other.rest)
 
     def __mul__(self, count: int) -> Counts:
         return Counts(matrices=self.matrices * count, rows=self.rows * count, rest=self.rest * count)

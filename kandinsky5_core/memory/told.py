@@ -58,10 +58,10 @@ def choice_text(choice: Choice) -> str:
         sizes = [size / GIB for size in (need.weights, need.work, need.device, need.cpu)]
         name = STAGE_NAMES[need.stage]
         lines.append(f"{name:<14}{sizes[0]:>9.2f}{sizes[1]:>8.2f}{sizes[2]:>9.2f}{sizes[3]:>8.2f}")
-    usable = choice.budget_bytes - choice.reserve_bytes
+    budget, free = choice.budget_bytes / GIB, choice.reserve_bytes / GIB
     lines.append(
-        f"most: {choice.peak.device / GIB:.2f} GiB in {STAGE_NAMES[choice.peak.stage]}, of {usable / GIB:.2f} GiB "
-        f"({choice.budget_bytes / GIB:g} less {choice.reserve_bytes / GIB:.2f} kept free); CPU {choice.cpu_peak / GIB:.1f}"
+        f"most: {choice.peak.device / GIB:.2f} GiB in {STAGE_NAMES[choice.peak.stage]}, of {budget - free:.2f} GiB "
+        f"({budget:.4g} less {free:.2f} kept free); CPU {choice.cpu_peak / GIB:.2f}"
     )
     total = choice.job.variant.dit.num_visual_blocks
     lines.append(f"settings: {settings_text(choice.settings, total)}")
