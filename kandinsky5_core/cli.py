@@ -55,6 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_convert(commands)
     _add_score(commands)
     _add_bench(commands)
+    _add_plan(commands)
     _add_lora(commands)
     _add_soup(commands)
     return parser
@@ -220,6 +221,24 @@ def _add_bench(commands: argparse._SubParsersAction) -> None:
     parser.set_defaults(run=_bench)
 
 
+def _add_plan(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("plan", help="what a job will need, and the settings that fit a card")
+    parser.add_argument("--variant", default="lite-t2v-5s-sft", help="default lite-t2v-5s-sft")
+    parser.add_argument("--task", help="t2v, i2v, t2i or i2i (default: the variant's first)")
+    parser.add_argument("--height", type=int, help="pixels (default the variant's)")
+    parser.add_argument("--width", type=int)
+    parser.add_argument("--frames", type=int, help="4k+1")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--guidance", type=float, help="1 is none (default the variant's)")
+    parser.add_argument("--attention", choices=("auto", "dense", "nabla"), default="auto")
+    parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), default="bf16", help="default bf16")
+    parser.add_argument("--budget", type=float, metavar="GB", help="memory of the card (default: a table of 8 to 80)")
+    parser.add_argument("--cpu-memory", type=float, metavar="GB", help="memory beside it (default: not looked at)")
+    parser.add_argument("--train", type=Path, metavar="JOB", help="job.json: what its steps need instead")
+    parser.add_argument("--json", action="store_true")
+    parser.set_defaults(run=_plan)
+
+
 def _add_lora(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("lora", help="merge, extract, resize, convert or describe LoRA files")
     tools = parser.add_subparsers(dest="tool", required=True, metavar="TOOL")
@@ -319,6 +338,13 @@ def _bench(args: argparse.Namespace) -> None:
 
     report = bench_command(args)
     print(json.dumps(report, indent=1) if args.json else bench_table(report))
+
+
+def _plan(args: argparse.Namespace) -> None:
+    from .planning import plan_command
+
+    text, values = plan_command(args)
+    print(json.dumps(values, indent=1) if args.json else text)
 
 
 def _say(args: argparse.Namespace, values: dict[str, object]) -> None:

@@ -16,6 +16,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "sample": ("K5Sample", "K5Schedule", "K5Shift"),
     "decode": ("K5DecodeVideo",),
     "optimize": ("K5Attention",),
+    "plan": ("K5Plan",),
     "step_cache": ("K5StepCache",),
     "lora": ("K5LoadLora",),
     "lora_tools": ("K5MergeLora", "K5ExtractLora", "K5ResizeLora", "K5ConvertLora", "K5LoraInfo"),

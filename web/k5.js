@@ -4,7 +4,7 @@ import { SIZE_GROUPS } from "./sizes.js";
 import { sizePicker } from "./size_picker.js";
 
 const SHOWS_TEXT = new Set(["K5LoadModel", "K5LoadAll", "K5ModelInfo", "K5Sample", "K5LoadLora", "K5EnhancePrompt",
-  "K5MergeLora", "K5ExtractLora", "K5ResizeLora", "K5ConvertLora", "K5LoraInfo", "K5Soup", "K5SoupFolder"]);
+  "K5MergeLora", "K5ExtractLora", "K5ResizeLora", "K5ConvertLora", "K5LoraInfo", "K5Soup", "K5SoupFolder", "K5Plan"]);
 const PICKS_SIZE = new Set(["K5EmptyLatent", "K5ImageToVideo"]);
 const SHOWN = "k5_shown";
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from ..config import DiTConfig
+from ..memory.activations import dit_bytes
 
 BATCH_CHOICES = ("auto", "on", "off")
 BUSY_TOKENS = 16_384
@@ -16,15 +17,8 @@ SPARE = 1.5
 
 
 def activation_bytes(config: DiTConfig, num_tokens: int, dtype: torch.dtype, batch: int = 1) -> int:
-    """About the most that activations of a visual block take at once, without gradients.
-
-    Either its attention (stream, normed, queries, keys, values, one of them rotated in fp32, result) or its
-    feed-forward (stream, normed, hidden, an fp32 copy).
-    """
-    size, dim = dtype.itemsize, config.model_dim
-    attention = 7 * size * dim + 12 * dim
-    feed_forward = size * (2 * dim + config.ff_dim) + 4 * dim
-    return batch * num_tokens * max(attention, feed_forward)
+    """The most that activations of one evaluation take at once, without gradients."""
+    return dit_bytes(config, num_tokens, dtype.itemsize, batch=batch)
 
 
 def free_bytes(device: torch.device) -> int | None:
