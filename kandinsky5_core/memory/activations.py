@@ -82,14 +82,14 @@ def nabla_bytes(config: DiTConfig, num_tokens: int, element_size: int, *, batch:
 
 
 def sampler_bytes(latent_shape: Sequence[int], config: DiTConfig, element_size: int, *, evaluations: int) -> int:
-    """Of the sampling loop around the DiT: noise, latents, velocities and guesses in fp32, and the model's input.
+    """Of the sampling loop around the DiT: noise, latents and the first guess in fp32, and the model's input.
 
     Args:
         evaluations: Rows of the batch in one evaluation, for one row of latents: 2 with batched guidance.
     """
     cells = prod(latent_shape) // latent_shape[1]
     shown = config.input_channels * (1 + (evaluations if evaluations > 1 else 0))
-    return cells * (6 * config.in_visual_dim * FP32 + shown * element_size)
+    return cells * (3 * config.in_visual_dim * FP32 + shown * element_size)
 
 
 def rope_bytes(config: DiTConfig, num_tokens: int) -> int:

@@ -15,8 +15,8 @@ from ..vae.tile_plan import DEFAULT_BUDGET_BYTES
 from . import activations, parameters
 from .options import AS_IS, MemoryOptions
 
-TEMPLATE_TOKENS = 132
-"""Of the longest template around a caption."""
+TEMPLATE_TOKENS = {"t2v": 129, "i2v": 132, "t2i": 41, "i2i": 55}
+"""Around a caption, as Qwen's tokenizer counts them."""
 PIXELS_PER_TOKEN = 56
 """Side of what Qwen sees as one token in a picture to edit, which it is shown at half size."""
 SWAP_SLOTS = 2
@@ -149,16 +149,20 @@ def slot_bytes(job: Job, settings: Settings) -> int:
 
 
 def text_work(job: Job) -> int:
-    """Reading the prompt: Qwen's activations, and both conditionings."""
+    """Reading the last prompt: Qwen's activations beside what was read before."""
     sizes = parameters.text_sizes(job.variant)
-    reading = activations.text_bytes(sizes, job.caption_tokens + TEMPLATE_TOKENS, job.element_size)
-    return reading + conditioning_bytes(job)
+    reading = activations.text_bytes(sizes, job.caption_tokens + TEMPLATE_TOKENS[job.task], job.element_size)
+    rows = conditioning_bytes(job)
+    one = rows // (2 if job.guided else 1)
+    # Or at the end, when the last rows lie there as they were read and as they are given on.
+    return max(reading + rows - one, rows + one)
 
 
 def conditioning_bytes(job: Job) -> int:
-    """Embeddings of the caption and, with guidance, of the negative prompt."""
+    """Embeddings of the caption and, with guidance, of the negative prompt, padded to what the variant takes."""
     rows = job.shape.batch * (2 if job.guided else 1)
-    return rows * job.caption_tokens * job.variant.dit.in_text_dim * job.element_size
+    length = max(job.caption_tokens, job.variant.max_text_tokens)
+    return rows * length * job.variant.dit.in_text_dim * job.element_size
 
 
 def dit_work(job: Job, settings: Settings) -> int:

@@ -9,17 +9,21 @@ from dataclasses import replace
 import pytest
 import torch
 
+from kandinsky5_core import pipeline
 from kandinsky5_core.bench import planned, subjects
 from kandinsky5_core.bench.live import LiveBytes, live_peak
 from kandinsky5_core.cli import main
 from kandinsky5_core.config import NANO_VIDEO, VARIANTS, variant
 from kandinsky5_core.dit.model import DiffusionTransformer
 from kandinsky5_core.dit.plan import plan_visual
+from kandinsky5_core.loading import load
 from kandinsky5_core.memory import parameters, training
+from kandinsky5_core.memory.activations import WORKSPACE
 from kandinsky5_core.memory.apply import checkpoint_blocks
 from kandinsky5_core.memory.choose import BUDGETS, GIB, DoesNotFitError, choose, reserve, smaller_shape
-from kandinsky5_core.memory.estimate import Settings, default_job, estimate
+from kandinsky5_core.memory.estimate import Job, Settings, default_job, estimate
 from kandinsky5_core.memory.options import MemoryOptions
+from kandinsky5_core.request import Request, resolve
 from kandinsky5_core.shapes import VideoShape
 from kandinsky5_core.vae.flux import FluxVAE
 from kandinsky5_core.vae.hunyuan.model import HunyuanVAE
@@ -109,6 +113,43 @@ def test_numbers_in_the_text_encoders_are_those_of_the_networks():
 def test_predictions_are_within_a_tenth_of_what_is_counted(measure):
     row = measure()
     assert row.predicted == pytest.approx(row.measured, rel=WITHIN), f"{row.what}: {row.ratio:.3f}"
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [("nano-video", {}), ("nano-video", {"batch": 2, "batch_guidance": "on"}), ("nano-video", {"guidance_scale": 1.0}),
+     ("nano-image", {"width": 96, "height": 96})],
+)  # fmt: skip
+@torch.no_grad()
+def test_whole_stages_are_within_a_tenth_of_what_is_counted(name, wanted):
+    models = load(name)
+    task = models.variant.tasks[0]
+    request = resolve(
+        Request(prompt="a red circle on a gray background", task=task, num_steps=2, **wanted), models.variant
+    )
+    shape = VideoShape(request.batch, request.num_frames, request.height, request.width)
+    kept = {}
+
+    def read():
+        kept["text"] = pipeline.encode_prompts(models, request)
+
+    def sample():
+        kept["latents"] = pipeline.sample_latents(
+            models, request, shape.latent_shape(models.variant.vae), *kept["text"]
+        )
+
+    measured = {"text": live_peak(read)}
+    # The text was there before.
+    measured["dit"] = live_peak(sample) + sum(row.embeds.nbytes for row in kept["text"] if row is not None)
+    # Beside live tensors the plan holds a quarter for convolution kernels.
+    measured["vae_decode"] = WORKSPACE * live_peak(
+        lambda: pipeline.decode_frames(models, kept["latents"], request.vae_budget_bytes)
+    )
+    words = int(kept["text"][0].mask.sum(dim=1).max())
+    job = Job(variant=models.variant, shape=shape, task=task, text_tokens=words, element_size=4,
+              guided=request.guidance_scale != 1)  # fmt: skip
+    needs = estimate(job, Settings(guidance_batched="batch_guidance" in wanted))
+    assert {need.stage: need.work for need in needs[1:]} == pytest.approx(measured, rel=WITHIN)
 
 
 # --- what settings change

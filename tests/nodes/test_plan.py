@@ -1,0 +1,30 @@
+"""The planner as a node, in a running ComfyUI."""
+
+from kandinsky5_core.config import variant
+from kandinsky5_core.memory.choose import BUDGETS, GIB, choose
+from kandinsky5_core.memory.estimate import default_job
+from kandinsky5_core.memory.told import options_text
+
+
+def plan(comfy, **inputs):
+    values = {"variant": "lite-t2v-5s-sft", "width": 768, "height": 512, "frames": 121, "batch": 1, "budget": 12.0}
+    flow = {
+        "1": {"class_type": "K5Plan", "inputs": {**values, **inputs}},
+        "2": {"class_type": "PreviewAny", "inputs": {"source": ["1", 0]}},
+    }
+    outputs = comfy.run(flow).outputs
+    assert outputs["1"]["text"] == outputs["2"]["text"]
+    return outputs["1"]["text"][0]
+
+
+def test_the_plan_is_shown_and_given_on(comfy):
+    choice = choose(default_job(variant("lite-t2v-5s-sft")), budget_bytes=12 * GIB)
+    assert f"options: {options_text(choice.settings)}" in plan(comfy)
+
+
+def test_what_does_not_fit_is_said_and_no_card_gives_the_table(comfy):
+    told = plan(comfy, variant="pro-t2v-10s-sft", frames=241, budget=8.0)
+    assert "does not fit 8 GiB" in told and "would fit" in told
+    # Tests run ComfyUI on the CPU, which has no memory of its own.
+    table = plan(comfy, variant="image-lite-t2i-sft", width=1024, height=1024, budget=0.0)
+    assert "1 frame;" in table and all(f"| {budget} GB |" in table for budget in BUDGETS)
