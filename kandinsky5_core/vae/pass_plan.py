@@ -1,8 +1,8 @@
 """Which way a VAE pass goes: plainly, layer by layer, streamed, or in tiles; by size and a stated memory budget.
 
 What fits plainly runs plainly. Else the way of least work that fits: layer by layer computes nothing twice and is
-exact; streaming computes samples and margins beside the clip, tiles their overlaps. Between the last two nearness to the
-plain pass counts too.
+exact; streaming computes samples and margins beside the clip, tiles their overlaps. Between the last two nearness to
+the plain pass counts too.
 """
 
 from __future__ import annotations
