@@ -12,7 +12,8 @@ SCRIPT = Path(__file__).parent / "in_comfyui.py"
 
 @pytest.mark.parametrize(
     "check",
-    ["parity", "image_to_video", "grey_masks", "native_nabla", "merge_and_save", "lora_formats", "missing_package"],
+    ["parity", "image_to_video", "grey_masks", "native_nabla", "merge_and_save", "lora_formats", "missing_package",
+     "vae_budget"],
 )
 def test_in_comfyui(comfyui, check, tmp_path):
     done = subprocess.run(
