@@ -6,7 +6,7 @@
 
 Weights: Nano's trained ones, or random ones of the released width. Times are taken in turns in one process, peak memory
 of each case in a process of its own. PSNR and seams are against the untiled pass: the seam figure is the error's jump
-where the official tiles meet, in time and space, over its jump elsewhere (1: no seams). Prints Markdown; with --out also
+where the official tiles meet, in time and space, over its jump elsewhere (1: no seams). Prints Markdown; --out also
 writes JSON.
 """
 

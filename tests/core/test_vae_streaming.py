@@ -118,7 +118,9 @@ def test_samples_are_cut_where_they_say(vae, direction, exact_levels):
     clip = clip_of(direction, 6, 6, 8)
     found = STREAMED[direction](vae, clip, whole(4, (6, 8), exact_levels, **sample))
     expected = plain(vae, direction, clip)
-    assert 1e-6 < (found - expected).pow(2).mean().sqrt() / expected.std() < 0.5
+    # How near a sample is depends on the weights drawn; that it is the same clip does not.
+    likeness = torch.corrcoef(torch.stack([found.flatten(), expected.flatten()]))[0, 1]
+    assert likeness > 0.7 and not torch.allclose(found, expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("stride", [(1, 1, 1), (1, 2, 2), (2, 2, 2)])
@@ -229,7 +231,7 @@ def test_memory_barely_grows_with_the_number_of_frames(direction):
     st.tuples(st.integers(1, 2), st.integers(1, 40), st.integers(2, 120), st.integers(2, 120)),
     st.integers(600, 24_000), st.sampled_from(["encode", "decode"]),
 )  # fmt: skip
-def test_a_plan_for_any_size_fits_its_budget_and_is_the_least_work(size, budget_mib, direction):
+def test_a_plan_for_any_size_fits_its_budget_and_covers_the_clip(size, budget_mib, direction):
     shape, budget = LatentShape(size[0], 16, *size[1:]), budget_mib * MIB
     plan = plan_pass(shape, HUNYUAN_VAE, direction=direction, budget_bytes=budget)
     assert plan_bytes(plan, shape, HUNYUAN_VAE, direction=direction) <= budget
@@ -276,8 +278,8 @@ def test_a_smaller_budget_changes_the_way_and_hardly_the_result(vae, direction):
         found = getattr(within, f"{direction}_within")(vae, clip, int(share * whole_bytes), told=told)
         way = told[f"vae_{direction}"]
         ways.add(way.split(":")[0])
-        limit = 1e-4 if way.startswith("layer") else 0.5 * expected.std()
-        assert (found - expected).pow(2).mean().sqrt() < limit, way
+        error = (found - expected).pow(2).mean().sqrt()
+        assert error < (1e-4 if way.startswith("layer") else 0.3 * expected.std()), way
     assert {"layer by layer, exact", "streamed"} <= ways
 
 
@@ -334,7 +336,8 @@ def test_out_of_memory_is_planned_again_and_said(vae, direction, error, caplog):
     assert told[f"vae_{direction}"] != "plain" and found.shape == expected.shape
     if told[f"vae_{direction}"].startswith("layer"):
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
-    assert (found - expected).abs().mean() < expected.abs().mean()
+    elif told[f"vae_{direction}"].startswith("streamed"):
+        assert (found - expected).pow(2).mean().sqrt() < 0.3 * expected.std()
 
 
 @DIRECTIONS

@@ -52,6 +52,24 @@ def check_parity(name, folder):
         assert error < 1e-4, (steps, error)
 
 
+def check_vae_budget(name, folder):
+    """The decoding node's VAE: plainly with room, streamed without, nearly the same frames, and it can be cancelled."""
+    import comfy.model_management
+
+    vae = bridge(name, "vae").load_vae(bridge(name, "folders").built_in("built-in: nano-video").vae)
+    latents = vae.encode(torch.rand(17, 64, 64, 3))
+    decode = bridge(name, "decode").decode_latent
+    plain, small = decode(latents, vae, 2**30), decode(latents, vae, 24 * 2**20)
+    assert plain.shape == small.shape == (1, 17, 64, 64, 3)
+    assert 0 < (plain - small).abs().max() < 0.1, (plain - small).abs().max()
+    comfy.model_management.interrupt_current_processing(True)
+    try:
+        decode(latents, vae, 24 * 2**20)
+    except comfy.model_management.InterruptProcessingException:
+        return
+    raise AssertionError("a cancelled decoding went on")
+
+
 def check_image_to_video(name, folder):
     """Held frames: the sample node equals the core; KSampler returns what was given."""
     import nodes
