@@ -47,14 +47,13 @@ from ..objectives.strengths import AtStrengths
 from ..trainable import WithLora, lora_tensors
 from .drawn_data import NUM_SAMPLES, star, turquoise
 
-LORA = LoraConfig(rank=64, alpha=64.0, least_strength=0.5)
-"""At the half that a soup of two gives it, it has to work as well."""
+LORA = LoraConfig(rank=64, alpha=64.0)
 FIT = FitConfig(
     num_steps=600, learning_rate=6e-3, optimizer="muon", warmup_steps=20, ema_decay=0.99, checkpoint_every=200, seed=80
 )
 NEW_ROWS, OLD_ROWS = 12, 10
 """Of each step: clips of the concept, and of what the model knew before."""
-KEEP = 4.0
+KEEP = 1.5
 """Weight of staying with the old answers."""
 NUM_RECALLED, RECALL_STEPS = 192, 10
 """Clips of the old language that the model makes for itself, and sampling steps for each."""
