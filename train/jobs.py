@@ -37,6 +37,8 @@ CHECKPOINTS, SAMPLES, RESULT, TENSORBOARD, CACHE = "checkpoints", "samples", "re
 RUNNING = ("starting", "waiting", "loading", "caching", "training", "saving")
 ENDED = ("done", "stopped", "failed", "lost")
 EXIT_CODES = {"done": 0, "failed": 1, "stopped": 3}
+ENDING_SECONDS, MOMENT = 10.0, 0.5
+"""That a process may take to go after it has told its end, and that a look at the lock may hold it."""
 START_SECONDS = 120.0
 """A process that has not taken its lock by then did not come up."""
 PACK = Path(__file__).parents[1]
@@ -212,8 +214,11 @@ class Job:
             ValueError: another process does.
         """
         with (self.folder / LOCK).open("a+b") as file:
-            if not try_lock(file):
-                raise ValueError(f"job {self.id} is already running; stop it first, or wait for its end")
+            end = time.monotonic() + MOMENT
+            while not try_lock(file):
+                if time.monotonic() > end:
+                    raise ValueError(f"job {self.id} is already running; stop it first, or wait for its end")
+                time.sleep(0.02)
             try:
                 yield
             finally:
@@ -305,8 +310,7 @@ def launch(job: Job, *, python: str = sys.executable, environment: Mapping[str, 
         ValueError: it runs already, or job.json is wrong.
     """
     config = job.config()
-    if job.is_alive():
-        raise ValueError(f"job {job.id} is already running")
+    wait_for_end(job)
     (job.folder / STOP).unlink(missing_ok=True)
     before = job.read_status()
     job.write_status(Status(state="starting", step=before.step, num_steps=config.fit.num_steps, updated=time.time()))
@@ -321,6 +325,19 @@ def launch(job: Job, *, python: str = sys.executable, environment: Mapping[str, 
             env=_environment(config.device, environment or {}), **apart,
         )  # fmt: skip
     return process.pid
+
+
+def wait_for_end(job: Job, patience: float = ENDING_SECONDS) -> None:
+    """Until the process of a job that has told its end is gone, so that a stopped one can go on at once.
+
+    Raises:
+        ValueError: it runs.
+    """
+    began = time.monotonic()
+    while job.is_alive():
+        if time.monotonic() - began > (MOMENT if job.read_status().running else patience):
+            raise ValueError(f"job {job.id} is already running")
+        time.sleep(0.05)
 
 
 def _environment(device: str, extra: Mapping[str, str]) -> dict[str, str]:

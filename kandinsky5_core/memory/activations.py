@@ -11,8 +11,7 @@ from math import ceil, prod
 
 from ..config import DiTConfig, VAEConfig
 from ..shapes import LatentShape, VideoShape
-from ..vae.tile_plan import _WORKSPACE as WORKSPACE
-from ..vae.tile_plan import activation_bytes, latents_of_pixels, plan_decode, plan_encode
+from ..vae.tile_plan import WORKSPACE, activation_bytes, latents_of_pixels, plan_decode, plan_encode
 from .parameters import TextSizes
 
 FP32, ROPE_SIZE = 4, 2

@@ -29,7 +29,7 @@ _FLOORS = ((5, 32), (5, 16), (3, 16), (2, 8))
 # GPU kernels index a tensor with 32 bits.
 _MAX_TENSOR_ELEMENTS = 2**31 - 1
 # Room for what a convolution kernel takes beside its input and output; the live tensors below are exact.
-_WORKSPACE = 1.25
+WORKSPACE = 1.25
 # Live tensors at the finest level, where the peak is: how many, of which width (0 the finest level's, 1 the next's).
 # Video decoding peaks in the last upsampling: the upsampled frames, the same joined to frame 0, padded, convolved, and
 # the coarser inputs. Encoding peaks in the second convolution of a resnet of the first level. The 2-D VAE makes no
@@ -120,7 +120,7 @@ def activation_bytes(
     num_live, level = _LIVE[config.kind, direction]
     frames = num_live * clip.frames + _PADDED_FRAMES[config.kind]
     elements = frames * clip.batch * clip.height * clip.width * _finest_widths(config)[level]
-    return math.ceil(_WORKSPACE * elements * bytes_per_element)
+    return math.ceil(WORKSPACE * elements * bytes_per_element)
 
 
 def latents_of_pixels(pixel_shape: Sequence[int], config: VAEConfig) -> LatentShape:

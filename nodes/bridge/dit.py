@@ -19,7 +19,7 @@ from torch import Tensor
 from ...kandinsky5_core.attention.dense import AttentionFn, dense_attention
 from ...kandinsky5_core.conditioning import ImageConditioning, TextConditioning
 from ...kandinsky5_core.config import NablaConfig, Variant, variant_for_size
-from ...kandinsky5_core.dit.model import DiffusionTransformer
+from ...kandinsky5_core.dit.model import AroundBlocks, DiffusionTransformer
 from ...kandinsky5_core.dit.plan import VisualPlan, plan_visual
 from ...kandinsky5_core.sampling.guidance import model_input
 
@@ -56,6 +56,15 @@ class PatchedPlan(VisualPlan):
             )
 
         return chosen
+
+
+@torch.compiler.disable
+def _around(options: dict[str, Any]) -> AroundBlocks | None:
+    """What stands around the visual blocks in this call.
+
+    Outside of compiled graphs: a compiled one that has once seen the key asks every later call for it.
+    """
+    return options.get(AROUND_OPTION)
 
 
 def _chosen_at_start() -> bool:
@@ -119,7 +128,7 @@ class ComfyDiT(DiffusionTransformer):
         mask = torch.ones(context.shape[:2], dtype=torch.bool) if attention_mask is None else attention_mask > 0
         text = TextConditioning(embeds=context, pooled=y, mask=mask.to(context.device))
         plan = PatchedPlan(**vars(self.plan_for(latents, transformer_options)), options=transformer_options)
-        around = transformer_options.get(AROUND_OPTION)
+        around = _around(transformer_options)
         result = super().forward(model_input(latents, image, self.config), timestep, text, plan, around)
         if image is not None and image.clean is not None:
             result = _towards_given(result, latents, image, timestep)

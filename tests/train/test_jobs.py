@@ -16,11 +16,11 @@ from safetensors.torch import load_file
 
 from train.checkpoint import list_checkpoints
 from train.config import DataConfig, FitConfig, JobConfig, LoraConfig, SampleConfig, SourceConfig, ValidationConfig
-from train.jobs import JOB, LOCK, PROGRESS, STATUS, Job, Jobs, Status, launch
+from train.jobs import JOB, LOCK, PROGRESS, STATUS, Job, Jobs, Status, launch, wait_for_end
 
 PACK = Path(__file__).parents[2]
 STAR = PACK / "workflows" / "datasets" / "star"
-SECONDS = 240
+SECONDS = 900
 """Of patience with a loaded machine; nothing here asserts how long anything takes."""
 
 
@@ -133,6 +133,29 @@ def test_stopped_anywhere_and_resumed_it_is_bitwise_as_if_never_stopped(jobs: Jo
         assert Path(status.result).is_file()
     run(cut)
     assert_same_end(cut, whole)
+
+
+def test_a_job_that_told_its_end_goes_on_once_its_process_is_gone(jobs: Jobs, cache: Path) -> None:
+    job = jobs.create(with_cache(config(), cache))
+    hold = "import sys, time; from train.jobs import Job; from pathlib import Path\n" \
+           "with Job(Path(sys.argv[1])).locked(): print('held', flush=True); time.sleep(float(sys.argv[2]))"  # fmt: skip
+
+    def held(seconds: float, state: str) -> subprocess.Popen:
+        job.write_status(Status(state=state, updated=time.time()))
+        process = subprocess.Popen(
+            [sys.executable, "-c", hold, str(job.folder), str(seconds)], cwd=PACK, stdout=subprocess.PIPE, text=True
+        )
+        assert process.stdout.readline() == "held\n"
+        return process
+
+    with held(2, "stopped"):
+        wait_for_end(job)
+        assert not job.is_alive()
+    for state, patience in (("running", 60.0), ("stopped", 0.2)):
+        with held(60, state) as process:
+            with pytest.raises(ValueError, match="is already running"):
+                wait_for_end(job, patience)
+            process.kill()
 
 
 def test_killed_with_9_it_is_found_marked_and_goes_on(jobs: Jobs, cache: Path, whole: Job) -> None:
