@@ -46,7 +46,7 @@ def with_lora(models: Models) -> Models:
     return models
 
 
-class Cancelled(Exception):
+class Cancelled(Exception):  # noqa: N818 - not an error
     """As a user presses it."""
 
 

@@ -151,7 +151,7 @@ def test_a_job_that_told_its_end_goes_on_once_its_process_is_gone(jobs: Jobs, ca
     with held(2, "stopped"):
         wait_for_end(job)
         assert not job.is_alive()
-    for state, patience in (("running", 60.0), ("stopped", 0.2)):
+    for state, patience in (("training", 60.0), ("stopped", 0.2)):
         with held(60, state) as process:
             with pytest.raises(ValueError, match="is already running"):
                 wait_for_end(job, patience)
