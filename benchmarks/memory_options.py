@@ -30,7 +30,7 @@ from kandinsky5_core.dit.plan import plan_visual
 from kandinsky5_core.memory.block_swap import BlockSwap
 from kandinsky5_core.memory.options import MemoryOptions
 from kandinsky5_core.memory.quantized import KINDS, load_quantized_dit, quantize_linear, torchao_config
-from kandinsky5_core.memory.quantized_text import as_nf4, quantize_qwen
+from kandinsky5_core.memory.quantized_text import text_quantiser
 from kandinsky5_core.nano.score import score_nano
 from kandinsky5_core.text.qwen import load_qwen
 from kandinsky5_core.weights.load import load_dit
@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> None:
 def score_table(task: str, count: int) -> None:
     """Mean marks of the embedded model under each option."""
     print(f"{task}, n {count}, seed 1:\n\n| options | score | of as-is |\n|---|---|---|")
-    scores = [score_nano(count=count, seed=1, task=task, memory=options)["score"] for options in SCORED]
+    scores = [score_nano(count=count, seed=1, task=task, memory=options)["all"] for options in SCORED]
     for options, score in zip(SCORED, scores, strict=True):
         told = ", ".join(f"{name} {value}" for name, value in options.told().items()) or "as-is"
         print(f"| {told} | {score:.3f} | {score / scores[0]:.3f} |")
@@ -79,7 +79,7 @@ def score_table(task: str, count: int) -> None:
 
 def error_table(part: str, path: Path, options: tuple[str, ...]) -> None:
     """Weights in memory, peaks and error of each option, from a child process each."""
-    print("| weights | MiB kept | peak of loading | peak of the run | output error | worst |\n|---|---|---|---|---|---|")
+    print("| weights | MiB kept | loading, peak | run, peak | output error | worst |\n|---|---|---|---|---|---|")
     for option in options:
         command = [sys.executable, "-m", "benchmarks.memory_options", "--child", part, str(path), option]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
@@ -113,7 +113,7 @@ def import_libraries(option: str) -> None:
 
     layer = torch.nn.Linear(64, 64).bfloat16()
     if option == "nf4":
-        as_nf4(layer)
+        text_quantiser(option)(layer)
     elif option in KINDS:
         quantize_linear(layer, torchao_config(option))
 
@@ -168,9 +168,7 @@ def run_dit(dit: DiffusionTransformer) -> Tensor:
 
 def open_qwen(path: str, option: str) -> torch.nn.Module:
     """A Qwen under an option."""
-    qwen = load_qwen(path)
-    quantize_qwen(qwen, option)
-    return qwen
+    return load_qwen(path, quantise=text_quantiser(option))
 
 
 @torch.no_grad()

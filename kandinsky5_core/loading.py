@@ -13,7 +13,7 @@ from .dit.model import DiffusionTransformer
 from .memory.block_swap import BlockSwap
 from .memory.options import AS_IS, MemoryOptions
 from .memory.quantized import load_quantized_dit, torchao_config
-from .memory.quantized_text import check_text_package, quantize_qwen
+from .memory.quantized_text import text_quantiser
 from .pipeline import Models
 from .text.encoder import TextEncoder, load_text_encoder
 from .vae.flux import FluxVAE
@@ -141,7 +141,7 @@ def check_memory(memory: MemoryOptions, variant: Variant) -> None:
     """
     if memory.weights != AS_IS:
         torchao_config(memory.weights)
-    check_text_package(memory.text_weights)
+    text_quantiser(memory.text_weights)
     blocks = variant.dit.num_visual_blocks
     if memory.swap_blocks > blocks:
         raise ValueError(f"swap_blocks {memory.swap_blocks} is more than the {blocks} visual blocks of {variant.name}")
@@ -182,11 +182,10 @@ def load_text_of(
     """
     folder = files.tokenizers
     named = {"comfyui": folder} if folder and (folder / "comfy").is_dir() else _tokenizer_folders(folder)
-    encoder = load_text_encoder(
-        files.text_encoder, files.clip, **named, lm_head=lm_head, local_files_only=_is_embedded(files), dtype=dtype
-    )
-    quantize_qwen(encoder.qwen, weights)
-    return encoder
+    return load_text_encoder(
+        files.text_encoder, files.clip, **named, lm_head=lm_head, local_files_only=_is_embedded(files), dtype=dtype,
+        quantise=text_quantiser(weights),
+    )  # fmt: skip
 
 
 def check_device(name: str) -> torch.device:

@@ -15,6 +15,7 @@ from ..weights.detect import WeightsInfo
 from ..weights.load import check_dtypes, identify_wanted, read_tensors, read_weights
 from ..weights.modules import build_on_meta, module_for
 from ..weights.scaled_fp8 import FLOATS, FP8, check_scale
+from .peak import give_back_freed
 
 KINDS = ("int8", "fp8")
 
@@ -57,6 +58,7 @@ def load_quantized_dit(
     for name, layer in layers.items():
         scale = {name: scales[name]} if name in scales else {}
         _fill(layer, {name: found.records[name]}, scale, kind, config, dtype)
+        give_back_freed()  # the wide copies lie between the small ones that stay
     return dit.requires_grad_(False), found.info
 
 

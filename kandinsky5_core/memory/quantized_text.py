@@ -2,52 +2,39 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 from torch import nn
 
 from .options import AS_IS, TEXT_WEIGHTS, check
 from .quantized import quantize_linear, torchao_config
 
-if TYPE_CHECKING:
-    from transformers import Qwen2_5_VLForConditionalGeneration
 
-
-def quantize_qwen(qwen: Qwen2_5_VLForConditionalGeneration, kind: str) -> None:
-    """The language model's layers in place, one after another; embeddings, vision tower and head stay.
+def text_quantiser(kind: str) -> Callable[[nn.Linear], nn.Module] | None:
+    """What makes a quantised layer of a plain one; None for 'as-is'. `load_qwen` applies it to the language model's
+    layers as it reads them; embeddings, vision tower and head stay.
 
     Args:
-        kind: 'int8', a scale a row, half the memory of bf16; 'nf4', a scale for 64 weights, between a quarter and a
-            third; 'as-is' does nothing.
-
-    Raises:
-        ValueError: unknown kind, or its package is not installed.
-    """
-    check_text_package(kind)
-    if kind == AS_IS:
-        return
-    config = torchao_config("int8") if kind == "int8" else None
-    for layer in list(qwen.model.language_model.layers.modules()):
-        for name, child in list(layer.named_children()):
-            if not isinstance(child, nn.Linear):
-                continue
-            if config is not None:
-                quantize_linear(child, config)
-            else:
-                setattr(layer, name, as_nf4(child))
-
-
-def check_text_package(kind: str) -> None:
-    """Refuse what cannot be done here, before anything is loaded.
+        kind: 'int8', a scale a row, half the memory of bf16; or 'nf4', a scale for 64 weights, between a quarter and a
+            third.
 
     Raises:
         ValueError: unknown kind, or its package is not installed.
     """
     check("text_weights", kind, TEXT_WEIGHTS)
-    if kind == "int8":
-        torchao_config(kind)
+    if kind == AS_IS:
+        return None
     if kind == "nf4":
         _bitsandbytes()
+        return _as_nf4
+    config = torchao_config(kind)
+
+    def as_int8(layer: nn.Linear) -> nn.Module:
+        quantize_linear(layer, config)
+        return layer
+
+    return as_int8
 
 
 def _bitsandbytes() -> Any:
@@ -58,8 +45,7 @@ def _bitsandbytes() -> Any:
     return bitsandbytes
 
 
-def as_nf4(layer: nn.Linear) -> nn.Module:
-    """The layer in NF4, on the same device; its products run in the dtype that it had."""
+def _as_nf4(layer: nn.Linear) -> nn.Module:
     library = _bitsandbytes()
     made = library.nn.Linear4bit(
         layer.in_features, layer.out_features, bias=layer.bias is not None, compute_dtype=layer.weight.dtype,

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from ..conditioning import TextConditioning
 from . import tokenizers
 from .clip import load_clip
+from .loading import Quantise
 from .qwen import load_qwen
 from .templates import IMAGE_PAD, Template, template_for
 from .vision import QwenImages, make_image_processor, prepare_images, shrink, to_pil
@@ -169,6 +170,7 @@ def load_text_encoder(
     local_files_only: bool = False,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
+    quantise: Quantise | None = None,
 ) -> TextEncoder:
     """Both text encoders from HF folders or from single files (`qwen_2.5_vl_7b*.safetensors`, `clip_l.safetensors`).
 
@@ -179,6 +181,7 @@ def load_text_encoder(
         lm_head: also load Qwen's head, for the prompt enhancer.
         local_files_only: never ask the hub.
         dtype: of Qwen's weights in memory; None keeps the file's. CLIP is always float32.
+        quantise: what to put in the place of each linear layer of Qwen's language model as it is read.
 
     Raises:
         ValueError: a file or tokenizer is missing, foreign or does not fit; says which argument to change.
@@ -189,7 +192,7 @@ def load_text_encoder(
     clip_words = tokenizers.load_tokenizer(
         tokenizers.CLIP, folder=clip_tokenizer, beside=clip, comfyui=comfyui, local_files_only=local_files_only
     )
-    qwen_model = load_qwen(qwen, lm_head=lm_head, device=device, dtype=dtype)
+    qwen_model = load_qwen(qwen, lm_head=lm_head, device=device, dtype=dtype, quantise=quantise)
     tokenizers.check_qwen_tokenizer(words, qwen_model.get_input_embeddings().num_embeddings)
     _set_image_token(qwen_model, words)
     clip_model = load_clip(clip, eos_token_id=clip_words.eos_token_id, device=device)

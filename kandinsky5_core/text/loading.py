@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
 
+from ..memory.peak import give_back_freed
 from ..weights import kinds
 from ..weights.container import TensorRecord, WeightsError
 from ..weights.detect import check_tensors
@@ -16,6 +17,8 @@ from ..weights.scaled_fp8 import split_scales
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+Quantise = Callable[[torch.nn.Linear], torch.nn.Module]
+LAYERS = "language_model.layers."
 
 def find_prefix(names: Iterable[str], anchor: str) -> str | None:
     """What precedes `anchor` in the name that ends with it, or None.
@@ -61,11 +64,16 @@ def fill_transformer(
     *,
     dtype: torch.dtype | None,
     device: torch.device | str,
+    quantise: Quantise | None = None,
 ) -> PreTrainedModel:
     """`model`, made inside `build_on_meta`, with these weights; frozen, in eval mode.
 
     Weights that keep their dtype on the CPU stay in the mapped file. fp8 weights become `dtype` (bfloat16 if None),
     each times its scale in fp32.
+
+    Args:
+        quantise: What to put in the place of each linear layer below `LAYERS`, as soon as its weight is read, so that
+            the wide weights are never in memory all at once.
 
     Raises:
         WeightsError: names, shapes or dtypes are not those of the model.
@@ -73,10 +81,31 @@ def fill_transformer(
     weights, scales = split_scales(records)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     check_tensors({name: record.shape for name, record in weights.items()}, expected)
-    state = read_weights(weights, scales, dtype=dtype, device=device)
-    model.load_state_dict(state, assign=True)
+    later = [] if quantise is None else [f"{name}.weight" for name in _linears(model)]
+    rest = {name: record for name, record in weights.items() if name not in later}
+    state = read_weights(rest, _of(scales, rest), dtype=dtype, device=device)
+    model.load_state_dict(state, strict=not later, assign=True)
+    for name in later:
+        weight = read_weights({name: weights[name]}, _of(scales, [name]), dtype=dtype, device=device)[name]
+        _replace(model, name.removesuffix(".weight"), weight, quantise)
+        give_back_freed()  # the wide copies lie between the small ones that stay
     _move_buffers(model, device)
     return model.requires_grad_(False).eval()
+
+
+def _linears(model: torch.nn.Module) -> list[str]:
+    return [name for name, part in model.named_modules() if LAYERS in name and isinstance(part, torch.nn.Linear)]
+
+
+def _of(scales: Mapping[str, TensorRecord], names: Collection[str]) -> dict[str, TensorRecord]:
+    return {name: record for name, record in scales.items() if name in names}
+
+
+def _replace(model: torch.nn.Module, name: str, weight: torch.Tensor, quantise: Quantise) -> None:
+    layer = model.get_submodule(name)
+    layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+    holder, _, last = name.rpartition(".")
+    setattr(model.get_submodule(holder), last, quantise(layer))
 
 
 def _move_buffers(model: torch.nn.Module, device: torch.device | str) -> None:
