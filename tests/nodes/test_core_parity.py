@@ -24,4 +24,4 @@ def test_in_comfyui(comfyui, check, tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert f"OK {check}" in done.stdout
+    assert f"OK {check.rpartition('.')[2]}" in done.stdout
