@@ -20,7 +20,7 @@ from .media import check_output, read_image, read_video, write_image, write_vide
 from .memory.apply import compile_blocks
 from .memory.options import MemoryOptions
 from .memory.peak import peak_memory_bytes
-from .pipeline import Models, Result, choose_engine, fitting_variant, generate
+from .pipeline import Models, Result, check_vae_budget, choose_engine, fitting_variant, generate
 from .request import NO_OUTPAINT, Request, resolve
 from .sampling.cache_calibration import Calibration, check_calibration
 from .sampling.samplers import OnStep
@@ -54,6 +54,7 @@ def generate_command(args: argparse.Namespace) -> dict[str, object]:
         find_ratios(files.variant, files.dit, request.cache_ratios)
     calibrated = None if args.calibrate_cache is None else calibration_path(args.calibrate_cache, files, request)
     choose_engine(request, files.variant, probe_engines(device), resolve_dtype(args.dtype, device))
+    check_vae_budget(request, files.variant, resolve_dtype(args.dtype, device))
     paths = output_paths(args.out, request.batch)
     for path in paths:
         check_output(path, request.num_frames, height=request.height, width=request.width)

@@ -41,6 +41,7 @@ from .text.encoder import TextEncoder
 from .vae.flux import FluxVAE
 from .vae.hunyuan.model import HunyuanVAE
 from .vae.latents import unscale_latents
+from .vae.pass_plan import plan_pass
 from .vae.within import decode_within
 
 log = logging.getLogger(__name__)
@@ -127,6 +128,7 @@ def generate(
         models = replace(models, variant=fitting_variant(request, models.variant))
     request = resolve(request, models.variant)
     choose_engine(request, models.variant, models.engines, models.dtype)
+    check_vae_budget(request, models.variant, _dtype_of(models.vae))
     clock = Clock()
     chosen = choose_cache(request, models.variant, models.weights)
     if chosen is not None and chosen.off is not None:
@@ -154,8 +156,7 @@ def run(
     models: Models, request: Request, clock: Clock, on_step: OnStep | None = None, new_cache: NewCache | None = None
 ) -> Tensor:
     """One resolved request from prompt to frames (B, F, H, W, 3) fp32 in [0, 1] on the CPU."""
-    shape = VideoShape(request.batch, request.num_frames, request.height, request.width)
-    latent_shape = shape.latent_shape(models.variant.vae)
+    latent_shape = latent_shape_of(request, models.variant)
     with clock.stage("text"), models.on_device(models.text_encoder):
         positive, negative = encode_prompts(models, request)
     inputs = Inputs()
@@ -168,6 +169,25 @@ def run(
         )
     with clock.stage("vae_decode"), models.on_device(models.vae):
         return inputs.finish(decode_frames(models, latents, request.vae_budget_bytes, clock.told))
+
+
+def latent_shape_of(request: Request, variant: Variant) -> LatentShape:
+    """Of a resolved request."""
+    shape = VideoShape(request.batch, request.num_frames, request.height, request.width)
+    return shape.latent_shape(variant.vae)
+
+
+def check_vae_budget(request: Request, variant: Variant, dtype: torch.dtype) -> None:
+    """That the VAE can work in the budget of a resolved request: it comes last, when all else is done.
+
+    Raises:
+        ValueError: the budget holds no way at all.
+    """
+    for direction in ("decode",) if request.given is None else ("encode", "decode"):
+        plan_pass(
+            latent_shape_of(request, variant), variant.vae, direction=direction,
+            budget_bytes=request.vae_budget_bytes, bytes_per_element=dtype.itemsize,
+        )  # fmt: skip
 
 
 def encode_prompts(models: Models, request: Request) -> tuple[TextConditioning, TextConditioning | None]:

@@ -189,7 +189,8 @@ def test_command_writes_a_clip_with_its_request(tmp_path: Path, capsys: pytest.C
     [
         ["--frames", "16"], ["--width", "50", "--height", "64"], ["--task", "i2v"], ["--image", "missing.png"],
         ["--sampler", "nope"], ["--attention", "nope"], ["--model", "missing.safetensors"], ["--device", "nope"],
-        ["--steps", "0"], ["--vae-budget", "0"], ["--task", "i2v", "--image", "TEXT"], ["--out", "x.avi"],
+        ["--steps", "0"], ["--vae-budget", "0"], ["--vae-budget", "0.001"],
+        ["--task", "i2v", "--image", "TEXT"], ["--out", "x.avi"],
         ["--out", "/proc/nowhere/x.mp4"], ["--model", "TEXT"],
     ],
 )  # fmt: skip
