@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from .config import VARIANTS
+from .memory.options import OFFLOADS, TEXT_WEIGHTS, WEIGHTS
 
 USAGE_ERROR = 2
 INTERRUPTED = 130
@@ -122,13 +123,13 @@ def _add_cache(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
 
 def _add_memory(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     memory = parser.add_argument_group("memory")
-    memory.add_argument("--weights", default="as-is", choices=("as-is", "fp8", "int8"), help="linear layers of the "
+    memory.add_argument("--weights", default="as-is", choices=WEIGHTS, help="linear layers of the "
                         "DiT's blocks in eight bits, half of bf16; needs torchao (default as-is)")  # fmt: skip
-    memory.add_argument("--text-weights", default="as-is", choices=("as-is", "int8", "nf4"), help="Qwen's layers in "
+    memory.add_argument("--text-weights", default="as-is", choices=TEXT_WEIGHTS, help="Qwen's layers in "
                         "eight bits (torchao) or four (bitsandbytes)")  # fmt: skip
     memory.add_argument("--swap-blocks", type=int, default=0, metavar="N", help="visual blocks that wait in CPU "
                         "memory and come to the device ahead of their turn (default 0)")  # fmt: skip
-    memory.add_argument("--offload", default="stage", choices=("stage", "none"), help="stage (default): each network "
+    memory.add_argument("--offload", default="stage", choices=OFFLOADS, help="stage (default): each network "
                         "is on the device for its own stage only; none: all stay there")  # fmt: skip
     return memory
 

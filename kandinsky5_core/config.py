@@ -79,6 +79,13 @@ class DiTConfig:
         return 2 * self.in_visual_dim + 1 if self.visual_cond else self.in_visual_dim
 
 
+BLOCK_SIDE = 8
+"""Tokens along h and along w of one token block of NABLA."""
+BLOCK_TOKENS = BLOCK_SIDE * BLOCK_SIDE
+GUIDANCE_OFF = 1e-6
+"""|guidance_scale - 1| up to this means no negative pass."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class NablaConfig:
     """Neighborhood-adaptive block-level attention (report section 5.4)."""

@@ -23,14 +23,14 @@ from .caching import choose_cache
 from .canvas import extend_edges
 from .clips import extended, looped
 from .conditioning import TextConditioning
-from .config import Variant, variant_for_size
+from .config import GUIDANCE_OFF, Variant, variant_for_size
 from .dit.model import DiffusionTransformer
 from .dit.plan import plan_visual
 from .inputs import Inputs, encode_inputs
 from .memory.block_swap import BlockSwap
 from .memory.options import MemoryOptions
 from .request import Request, resolve, settings
-from .sampling.guidance import GUIDANCE_OFF, guided_velocity, hold_given
+from .sampling.guidance import guided_velocity, hold_given
 from .sampling.guidance_batch import batches_guidance
 from .sampling.noise import initial_noise
 from .sampling.samplers import SAMPLERS, OnStep

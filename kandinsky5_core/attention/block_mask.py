@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .token_blocks import BLOCK_TOKENS
+from ..config import BLOCK_TOKENS
 
 MAX_SCORES = 2**24
 """Entries of the pooled map sorted at a time: the peak above the result stays near 400 MB, or one head's n*n

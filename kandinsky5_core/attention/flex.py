@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..config import BLOCK_TOKENS
 from .block_mask import kept_blocks
 from .gather import gathered_attention
-from .token_blocks import BLOCK_TOKENS
 
 
 @cache

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from ..config import BLOCK_TOKENS
 from .block_mask import kept_blocks
-from .token_blocks import BLOCK_TOKENS
 
 GATHERED_NUMBERS_CPU = 2**20
 """Numbers of gathered keys (and as many of values) at a time on CPU, where small pieces stay in the cache."""

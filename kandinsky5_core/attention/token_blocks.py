@@ -10,9 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-BLOCK_SIDE = 8
-"""Tokens along h and along w of one token block."""
-BLOCK_TOKENS = BLOCK_SIDE * BLOCK_SIDE
+from ..config import BLOCK_SIDE
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

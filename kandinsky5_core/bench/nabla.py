@@ -10,8 +10,7 @@ from torch import Tensor
 
 from ..attention.block_mask import mass_mask
 from ..attention.nabla import NablaAttention
-from ..attention.token_blocks import BLOCK_TOKENS
-from ..config import NablaConfig
+from ..config import BLOCK_TOKENS, NablaConfig
 from .work import attention_flops
 
 if TYPE_CHECKING:

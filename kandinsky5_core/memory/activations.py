@@ -9,14 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import ceil, prod
 
-from ..config import DiTConfig, VAEConfig
+from ..config import BLOCK_TOKENS, DiTConfig, VAEConfig
 from ..shapes import LatentShape, VideoShape
 from ..vae.tile_plan import WORKSPACE, activation_bytes, latents_of_pixels, plan_decode, plan_encode
 from .parameters import TextSizes
 
 FP32, ROPE_SIZE = 4, 2
 """Bytes of a number in fp32, and of the bf16 that rotated queries and keys are rounded to."""
-BLOCK_TOKENS = 64
 MAX_SCORES = 2**24
 """Of `attention.block_mask`: entries of the pooled map that are sorted at a time."""
 CAST_NUMBERS = 2**20

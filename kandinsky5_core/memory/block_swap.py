@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..dit.model import DiffusionTransformer
-
-SLOTS = 2
+from .options import SWAP_SLOTS
 
 
 class Lane(Protocol):
@@ -50,8 +49,8 @@ class SideStream:
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.stream = device, torch.cuda.Stream(device)
-        self.ready = [torch.cuda.Event() for _ in range(SLOTS)]
-        self.free = [torch.cuda.Event() for _ in range(SLOTS)]
+        self.ready = [torch.cuda.Event() for _ in range(SWAP_SLOTS)]
+        self.free = [torch.cuda.Event() for _ in range(SWAP_SLOTS)]
 
     def fetch(self, slot: int, copy: Callable[[], None]) -> None:
         self.stream.wait_event(self.free[slot])
@@ -99,8 +98,8 @@ class BlockSwap:
         self.dit, self.device = dit, torch.device(device)
         self.blocks = list(dit.visual_transformer_blocks)[-count:]
         self.lane = lane or (SideStream(self.device) if self.device.type == "cuda" else InOrder())
-        self.slots: list[list[nn.Parameter]] = [[] for _ in range(SLOTS)]
-        self._fetched: list[int | None] = [None] * SLOTS
+        self.slots: list[list[nn.Parameter]] = [[] for _ in range(SWAP_SLOTS)]
+        self._fetched: list[int | None] = [None] * SWAP_SLOTS
         self._homes: dict[int, list[Owned]] = {}
         for block in self.blocks:
             assert next(block.buffers(), None) is None, "a buffer would stay behind"
@@ -132,11 +131,11 @@ class BlockSwap:
     def _begin(self, _dit: nn.Module, _args: tuple[Any, ...]) -> None:
         self._leave_all()
         # What lies in the slots is of the last pass: weights may have been merged or loaded since.
-        self._fetched = [None] * SLOTS
+        self._fetched = [None] * SWAP_SLOTS
         self._fetch(0)
 
     def _enter(self, index: int, block: nn.Module, _args: tuple[Any, ...]) -> None:
-        slot = index % SLOTS
+        slot = index % SWAP_SLOTS
         if self._fetched[slot] != index:
             self._fetch(index)
         self.lane.wait(slot)
@@ -147,7 +146,7 @@ class BlockSwap:
             self._fetch(index + 1)
 
     def _leave(self, index: int, *_: object) -> None:
-        slot = index % SLOTS
+        slot = index % SWAP_SLOTS
         for home in self._homes.pop(index, ()):
             home.holder[home.name] = home.parameter
         self.lane.release(slot)
@@ -159,7 +158,7 @@ class BlockSwap:
             self._leave(index)
 
     def _fetch(self, index: int) -> None:
-        slot = index % SLOTS
+        slot = index % SWAP_SLOTS
         parameters = [owned.parameter for owned in _owned(self.blocks[index])]
         if not _fits(self.slots[slot], parameters):
             self._make_slot(slot, parameters)
@@ -174,10 +173,10 @@ class BlockSwap:
         self.lane.release(slot)
 
     def _drop_slots(self) -> None:
-        for slot in range(SLOTS):
+        for slot in range(SWAP_SLOTS):
             self.lane.wait(slot)
-        self.slots = [[] for _ in range(SLOTS)]
-        self._fetched = [None] * SLOTS
+        self.slots = [[] for _ in range(SWAP_SLOTS)]
+        self._fetched = [None] * SWAP_SLOTS
 
 
 def _owned(block: nn.Module) -> Iterator[Owned]:

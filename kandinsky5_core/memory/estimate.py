@@ -9,21 +9,18 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from math import ceil, prod
 
-from ..config import NablaConfig, Variant
+from ..config import BLOCK_SIDE, GUIDANCE_OFF, NablaConfig, Variant
 from ..shapes import VideoShape
 from ..vae.tile_plan import DEFAULT_BUDGET_BYTES
 from . import activations, parameters
-from .options import AS_IS, MemoryOptions
+from .options import AS_IS, SWAP_SLOTS, MemoryOptions
 
 TEMPLATE_TOKENS = {"t2v": 129, "i2v": 132, "t2i": 41, "i2i": 55}
 """Around a caption, as Qwen's tokenizer counts them."""
 PIXELS_PER_TOKEN = 56
 """Side of what Qwen sees as one token in a picture to edit, which it is shown at half size."""
-SWAP_SLOTS = 2
 FRAME_COPIES = 4
 """Finished frames in fp32 on the CPU: as decoded, scaled, clamped and in the order of files."""
-GUIDANCE_OFF = 1e-6
-BLOCK_SIDE = 8
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,8 @@ AS_IS = "as-is"
 WEIGHTS = (AS_IS, "fp8", "int8")
 TEXT_WEIGHTS = (AS_IS, "int8", "nf4")
 OFFLOADS = ("stage", "none")
+SWAP_SLOTS = 2
+"""Blocks that the device has room for when blocks are swapped: one computes while the next one comes."""
 
 
 @dataclass(frozen=True, kw_only=True)

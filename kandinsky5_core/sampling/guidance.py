@@ -6,15 +6,12 @@ import torch
 from torch import Tensor
 
 from ..conditioning import ImageConditioning, TextConditioning, joined
-from ..config import DiTConfig
+from ..config import GUIDANCE_OFF, DiTConfig
 from ..dit.model import DiffusionTransformer
 from ..dit.plan import VisualPlan
 from .first_frame import normalise_first_frames
 from .samplers import VelocityFn
 from .step_cache import NEGATIVE, POSITIVE, StepCache
-
-GUIDANCE_OFF = 1e-6
-"""|guidance_scale - 1| up to this means no negative pass."""
 
 
 def model_input(latents: Tensor, image: ImageConditioning | None, config: DiTConfig) -> Tensor:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 Quantise = Callable[[torch.nn.Linear], torch.nn.Module]
 LAYERS = "language_model.layers."
+"""Below it lie the linear layers that may be quantised."""
+
 
 def find_prefix(names: Iterable[str], anchor: str) -> str | None:
     """What precedes `anchor` in the name that ends with it, or None.

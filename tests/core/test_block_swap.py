@@ -14,8 +14,8 @@ from kandinsky5_core.config import DiTConfig
 from kandinsky5_core.dit.model import DiffusionTransformer
 from kandinsky5_core.dit.plan import plan_visual
 from kandinsky5_core.memory.apply import compile_blocks
-from kandinsky5_core.memory.block_swap import SLOTS, BlockSwap
-from kandinsky5_core.memory.options import MemoryOptions
+from kandinsky5_core.memory.block_swap import BlockSwap
+from kandinsky5_core.memory.options import SWAP_SLOTS, MemoryOptions
 from kandinsky5_core.memory.quantized import KINDS, quantize_blocks
 
 BLOCKS = 5
@@ -111,7 +111,7 @@ def test_only_two_blocks_of_room_are_taken_and_given_back():
     swap = BlockSwap(model, BLOCKS, "cpu")
     model(*inputs(0))
     one = sum(parameter.numel() for parameter in model.visual_transformer_blocks[0].parameters())
-    assert sum(parameter.numel() for slot in swap.slots for parameter in slot) == SLOTS * one
+    assert sum(parameter.numel() for slot in swap.slots for parameter in slot) == SWAP_SLOTS * one
     swap.to("meta")
     assert swap.slots == [[], []]
 

@@ -9,15 +9,17 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kandinsky5_core import pipeline
+from kandinsky5_core import pipeline, planning
+from kandinsky5_core.attention import block_mask
 from kandinsky5_core.bench import planned, subjects
 from kandinsky5_core.bench.live import LiveBytes, live_peak
 from kandinsky5_core.cli import main
 from kandinsky5_core.config import NANO_VIDEO, VARIANTS, variant
+from kandinsky5_core.dit import layers
 from kandinsky5_core.dit.model import DiffusionTransformer
 from kandinsky5_core.dit.plan import plan_visual
 from kandinsky5_core.loading import load
-from kandinsky5_core.memory import parameters, training
+from kandinsky5_core.memory import activations, parameters, training
 from kandinsky5_core.memory.activations import WORKSPACE
 from kandinsky5_core.memory.apply import checkpoint_blocks
 from kandinsky5_core.memory.choose import BUDGETS, GIB, DoesNotFitError, choose, reserve, smaller_shape
@@ -27,6 +29,7 @@ from kandinsky5_core.request import Request, resolve
 from kandinsky5_core.shapes import VideoShape
 from kandinsky5_core.vae.flux import FluxVAE
 from kandinsky5_core.vae.hunyuan.model import HunyuanVAE
+from train.config import LoraConfig
 
 CPU = torch.device("cpu")
 WITHIN = 0.10
@@ -353,6 +356,13 @@ def test_the_page_is_up_to_date():
     from benchmarks.memory_page import PAGE, page
 
     assert PAGE.read_text(encoding="utf-8") == page(), "run: python -m benchmarks.memory_page"
+
+
+def test_what_the_planner_repeats_is_what_runs():
+    """The originals import torch, or are the trainer's, which the core does not know."""
+    assert activations.MAX_SCORES == block_mask.MAX_SCORES
+    assert activations.CAST_NUMBERS == layers.CAST_NUMBERS
+    assert planning.DEFAULT_RANK == LoraConfig().rank
 
 
 def test_planning_imports_no_torch():

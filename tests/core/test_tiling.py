@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kandinsky5_core.bench.live import LiveBytes
 from kandinsky5_core.config import FLUX_VAE, HUNYUAN_VAE, VARIANTS, VAEConfig
 from kandinsky5_core.shapes import LatentShape, VideoShape
 from kandinsky5_core.vae.flux import FluxVAE
@@ -24,7 +25,6 @@ from kandinsky5_core.vae.tiling import (
     plan_decode,
     plan_encode,
 )
-from tests.core.live_bytes import LiveBytes
 
 TINY = {"block_out_channels": (4, 8, 8, 8), "layers_per_block": 1, "norm_num_groups": 2, "scaling_factor": 1.0}
 TINY_HUNYUAN = VAEConfig(kind="hunyuan", **TINY)

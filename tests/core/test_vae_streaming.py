@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kandinsky5_core.bench.live import LiveBytes
 from kandinsky5_core.config import HUNYUAN_VAE, VARIANTS, VAEConfig
 from kandinsky5_core.loading import load
 from kandinsky5_core.nano.drawing import random_clip
@@ -30,7 +31,6 @@ from kandinsky5_core.vae.stream_cost import decoder_costs, encoder_costs
 from kandinsky5_core.vae.stream_plan import Costs, StreamPlan, plan_stream, stream_bytes, stream_work
 from kandinsky5_core.vae.tile_plan import TilePlan, activation_bytes, tile_work
 from kandinsky5_core.vae.tiling import decode_tiled, encode_tiled
-from tests.core.live_bytes import LiveBytes
 
 TINY = VAEConfig(
     kind="hunyuan", block_out_channels=(4, 8, 8, 16), layers_per_block=1, norm_num_groups=2, scaling_factor=1.0
