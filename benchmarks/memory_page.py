@@ -86,10 +86,10 @@ is.
 _CHECKED = """
 ## How far to trust it
 
-`benchmarks/README.md` has the prediction beside the count of live tensors: within 10 %, mostly 1 %. What kernels take
-for themselves on a GPU is not in that count; the VAE's quarter for it and the reserve above are meant to cover it, and
-were not measured on a GPU yet. The report's table 5 (H100 with offload) beside the plan without its reserve, in GB
-(10^9 bytes):
+`benchmarks/README.md` has the prediction beside the count of live tensors, at these very sizes too: within 10 %, mostly
+3 %. What kernels take for themselves on a GPU is not in that count; the VAE's quarter for it and the reserve above are
+meant to cover it, and were not measured on a GPU yet. The report's table 5 (H100 with offload) beside the plan without
+its reserve, in GB (10^9 bytes); ours keeps no copies of a whole clip in fp32, nor its feed-forward's hidden numbers:
 """
 _TRAINING = """
 ## Training

@@ -65,12 +65,13 @@ def mass_mask(q: Tensor, k: Tensor, mass: float, token_mask: Tensor | None = Non
     """
     pooled_q = pool_blocks(q, token_mask).flatten(0, 1) * q.shape[-1] ** -0.5
     pooled_k = pool_blocks(k, token_mask).flatten(0, 1)
-    group = max(1, MAX_SCORES // pooled_q.shape[1] ** 2)
-    kept = [
-        keep_by_mass(torch.softmax(queries @ keys.mT, dim=-1), mass)
-        for queries, keys in zip(pooled_q.split(group), pooled_k.split(group), strict=True)
-    ]
-    return torch.cat(kept).unflatten(0, q.shape[:2])
+    blocks = pooled_q.shape[1]
+    kept = torch.empty(len(pooled_q), blocks, blocks, dtype=torch.bool, device=q.device)
+    group = max(1, MAX_SCORES // blocks**2)
+    for start in range(0, len(kept), group):
+        some = slice(start, start + group)
+        kept[some] = keep_by_mass(torch.softmax(pooled_q[some] @ pooled_k[some].mT, dim=-1), mass)
+    return kept.unflatten(0, q.shape[:2])
 
 
 @torch.no_grad()
@@ -79,7 +80,8 @@ def kept_blocks(mask: Tensor) -> tuple[Tensor, Tensor]:
 
     The first `counts` indices of a row are its kept key blocks, ascending; the rest are the others.
     """
-    flat = mask.flatten(0, 1)
+    indices = torch.empty(mask.shape, dtype=torch.int32, device=mask.device)
     group = max(1, MAX_SCORES // mask.shape[-1] ** 2)
-    indices = [part.argsort(dim=-1, descending=True, stable=True).int() for part in flat.split(group)]
-    return mask.sum(dim=-1, dtype=torch.int32), torch.cat(indices).view_as(mask)
+    for rows, chosen in zip(mask.flatten(0, 1).split(group), indices.flatten(0, 1).split(group), strict=True):
+        chosen.copy_(rows.argsort(dim=-1, descending=True, stable=True))
+    return mask.sum(dim=-1, dtype=torch.int32), indices

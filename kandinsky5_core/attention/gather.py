@@ -38,22 +38,28 @@ def gathered_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, token_mask
     Returns:
         (B, heads, S, d).
     """
-    blocks, heads_and_blocks = mask.shape[-1], mask.shape[:-1]
+    # (B, heads, n, 64, d) without a copy, whatever the order in memory.
+    q_blocks, k_blocks, v_blocks = (x.unflatten(2, (-1, BLOCK_TOKENS)) for x in (q, k, v))
     counts, indices = (part.flatten(0, 2) for part in kept_blocks(mask))
     # Rows of like length go together, so that little is padded within a group.
     order = counts.argsort(descending=True)
-    q_rows, k_blocks, v_blocks = (x.reshape(-1, BLOCK_TOKENS, x.shape[-1]) for x in (q, k, v))
     wants_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     attend = partial(checkpoint, _attend, use_reentrant=False, preserve_rng_state=False) if wants_grad else _attend
     budget = (GATHERED_NUMBERS_CPU if q.device.type == "cpu" else GATHERED_NUMBERS) // (BLOCK_TOKENS * q.shape[-1])
-    outputs = []
+    attended, parts = torch.empty_like(q_blocks), []
     for rows, width in _row_groups(order, counts[order].tolist(), budget):
+        clips, heads, places = torch.unravel_index(rows, mask.shape[:-1])
         chosen = indices[rows, :width].long()
         keep = _key_mask(chosen, counts[rows], token_mask)
-        head_start = rows[:, None] // blocks * blocks
-        outputs.append(attend(q_rows[rows], k_blocks, v_blocks, chosen + head_start, keep))
-    attended = torch.cat(outputs)[order.argsort()]
-    return attended.view(*heads_and_blocks, BLOCK_TOKENS, -1).flatten(2, 3)
+        keys = (clips[:, None], heads[:, None], chosen)
+        part = attend(q_blocks[clips, heads, places], k_blocks, v_blocks, keys, keep)
+        if wants_grad:
+            parts.append(part)
+        else:
+            attended[clips, heads, places] = part
+    if wants_grad:
+        attended = torch.cat(parts)[order.argsort()].view_as(attended)
+    return attended.flatten(2, 3)
 
 
 def _row_groups(order: Tensor, counts: Sequence[int], budget: int) -> Iterator[tuple[Tensor, int]]:
@@ -78,8 +84,9 @@ def _key_mask(chosen: Tensor, counts: Tensor, token_mask: Tensor | None) -> Tens
     return kept.repeat_interleave(BLOCK_TOKENS, dim=1)[:, None, None]
 
 
-def _attend(q_rows: Tensor, k_blocks: Tensor, v_blocks: Tensor, chosen: Tensor, keep: Tensor | None) -> Tensor:
-    """q_rows (rows, 64, d) to the blocks `chosen` (rows, width) of (R, 64, d); (rows, 64, d)."""
-    keys, values = k_blocks[chosen].flatten(1, 2), v_blocks[chosen].flatten(1, 2)
-    attended = F.scaled_dot_product_attention(q_rows[:, None], keys[:, None], values[:, None], attn_mask=keep)
-    return attended[:, 0]
+def _attend(
+    q_rows: Tensor, k_blocks: Tensor, v_blocks: Tensor, keys: tuple[Tensor, ...], keep: Tensor | None
+) -> Tensor:
+    """q_rows (rows, 64, d) to the blocks `keys` (rows, width) of (B, heads, n, 64, d); (rows, 64, d)."""
+    gathered_k, gathered_v = (x[keys].flatten(1, 2)[:, None] for x in (k_blocks, v_blocks))
+    return F.scaled_dot_product_attention(q_rows[:, None], gathered_k, gathered_v, attn_mask=keep)[:, 0]

@@ -70,7 +70,7 @@ class NablaAttention:
 
     def block_mask(self, q: Tensor, k: Tensor) -> Tensor:
         """(B, heads, n, n) bool: the blocks that hold the mass, and the window."""
-        return mass_mask(q, k, self.config.mass, self.token_mask) | self.window
+        return mass_mask(q, k, self.config.mass, self.token_mask).logical_or_(self.window)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Tensor:
         """Sparse self-attention of (B, heads, S, d) in block order; the same shape.

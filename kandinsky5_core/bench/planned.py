@@ -6,23 +6,37 @@ Random weights at full width with few blocks, and the embedded Nano models.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
+from ..attention.block_mask import kept_blocks
 from ..attention.nabla import NablaAttention
-from ..config import Variant, variant
+from ..conditioning import TextConditioning
+from ..config import NablaConfig, Variant, variant
+from ..dit.model import DiffusionTransformer
 from ..dit.plan import plan_visual
+from ..dit.rope import Rope
 from ..loading import load
 from ..memory import activations, parameters
+from ..memory.estimate import default_job
 from ..memory.options import AS_IS
 from ..shapes import VideoShape
-from ..vae.tiling import decode_tiled, encode_tiled, plan_decode, plan_encode
+from ..vae.flux import FluxVAE
+from ..vae.hunyuan.model import HunyuanVAE
+from ..vae.within import decode_within, encode_within
 from . import subjects
 from .live import live_peak
 
-CPU = torch.device("cpu")
+CPU, META = torch.device("cpu"), torch.device("meta")
 GATHER = "gather"
+FULL_SIZES = (
+    "lite-t2v-5s-sft", "lite-t2v-10s-sft", "pro-t2v-5s-sft", "pro-t2v-10s-sft", "pro-t2v-5s-sft-hd",
+    "pro-t2v-10s-sft-hd", "image-lite-t2i-sft", "image-lite-i2i-sft",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +81,77 @@ def dit_step(
     return Compared(stage="dit", what=what, predicted=predicted, measured=measured)
 
 
+@contextmanager
+def one_kernel_each() -> Iterator[None]:
+    """Attention and RMS norms keep nothing but their result, as on CUDA; without data PyTorch takes both apart."""
+    attend, norm = F.scaled_dot_product_attention, F.rms_norm
+    F.scaled_dot_product_attention = lambda q, *_, **__: torch.empty_like(q)
+    F.rms_norm = lambda x, *_, **__: torch.empty_like(x)
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention, F.rms_norm = attend, norm
+
+
+class SizedNabla(NablaAttention):
+    """NABLA without data: its block mask and lists are made, and FlexAttention's result stands for its work."""
+
+    def __init__(self, config: NablaConfig, grid: tuple[int, int, int]) -> None:
+        super().__init__(config, grid)
+        self.window = self.window.to(META)
+        indices = {name: getattr(self.tokens, name) for name in ("order", "inverse", "token_mask")}
+        self.tokens = replace(self.tokens, **{name: None if x is None else x.to(META) for name, x in indices.items()})
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Tensor:  # noqa: ARG002
+        counts, indices = kept_blocks(self.block_mask(q, k))
+        assert indices.shape[:-1] == counts.shape
+        return torch.empty_like(q)
+
+
+def full_step(name: str, *, blocks: int = 2, dtype: torch.dtype = torch.bfloat16) -> Compared:
+    """One evaluation of the DiT at the size that the variant was made for, counted on tensors without data, with the
+    steps that CUDA takes. A few blocks tell: activations of more do not add up."""
+    job = default_job(variant(name))
+    row, latent_shape = job.variant, job.shape.latent_shape(job.variant.vae)
+    config = replace(row.dit, num_visual_blocks=blocks)
+    grid, length = latent_shape.token_grid(config.patch_size), job.caption_tokens
+    with META:
+        dit = DiffusionTransformer(config).to(dtype).requires_grad_(False)
+        latents = torch.empty(1, config.input_channels, *latent_shape[2:], dtype=dtype)
+        text = TextConditioning(
+            embeds=torch.empty(1, length, config.in_text_dim, dtype=dtype), full=True,
+            pooled=torch.empty(1, config.in_text_dim2, dtype=dtype), mask=torch.ones(1, length, dtype=torch.bool),
+        )  # fmt: skip
+    # Token blocks are found from data; the rest of the plan is only moved.
+    plan = plan_visual(config, grid, row.rope_scale, row.nabla)
+    nabla = None if row.nabla is None else SizedNabla(row.nabla, grid)
+    plan = replace(plan, rope=Rope(*(part.to(META) for part in plan.rope)), nabla=nabla)
+    with torch.no_grad(), one_kernel_each():
+        measured = live_peak(lambda: dit(latents, torch.empty(1, device=META), text, plan))
+    predicted = activations.dit_bytes(
+        config, job.num_tokens, dtype.itemsize, text_tokens=length, nabla=row.nabla is not None
+    )
+    what = f"{name}, {blocks} blocks, {_shape(job.shape)}, {_name(dtype)}, without data"
+    return Compared(stage="dit", what=what, predicted=predicted, measured=measured)
+
+
+def full_vae(name: str, direction: str, *, budget: int, dtype: torch.dtype = torch.bfloat16) -> Compared:
+    """A VAE pass at that size within a budget, counted on tensors without data."""
+    job = default_job(variant(name))
+    shape, config = job.shape, job.variant.vae
+    with META:
+        vae = (HunyuanVAE if config.kind == "hunyuan" else FluxVAE)(config).to(dtype).requires_grad_(False)
+        pixels = (shape.batch, 3, *shape[1:])
+        given = torch.empty(shape.latent_shape(config) if direction == "decode" else pixels, dtype=dtype)
+    run, told = {"decode": decode_within, "encode": encode_within}[direction], {}
+    with one_kernel_each():
+        measured = live_peak(lambda: run(vae, given, budget, told=told))
+    predicted = activations.vae_bytes(shape, config, direction, budget=budget, element_size=dtype.itemsize)
+    way = str(told[f"vae_{direction}"]).split(":")[0]
+    what = f"{name}, {_shape(shape)}, {_name(dtype)}, {budget / 2**30:g} GiB, without data: {way}"
+    return Compared(stage=f"vae_{direction}", what=what, predicted=predicted, measured=measured)
+
+
 def text_pass(num_tokens: int, *, layers: int, dtype: torch.dtype) -> Compared:
     """Qwen2.5-VL 7B's language model at full width."""
     qwen = subjects.random_qwen(layers, CPU, dtype)
@@ -79,22 +164,16 @@ def text_pass(num_tokens: int, *, layers: int, dtype: torch.dtype) -> Compared:
 
 
 def vae_pass(name: str, shape: VideoShape, direction: str, *, dtype: torch.dtype, budget: int = 2**32) -> Compared:
-    """Encoding or decoding, tiled for a budget."""
+    """Encoding or decoding within a budget."""
     config = variant(name).vae
     vae = subjects.random_vae(config, CPU, dtype)
-    latents = shape.latent_shape(config)
     pixels = (shape.batch, 3, shape.frames, shape.height, shape.width)
-    given = subjects.random_latents(latents if direction == "decode" else pixels, CPU, dtype)
-    planned = {"budget_bytes": budget, "bytes_per_element": dtype.itemsize}
-    if direction == "decode":
-        plan = plan_decode(latents, config, **planned)
-        measured = live_peak(lambda: decode_tiled(vae, given, plan))
-    else:
-        plan = plan_encode(pixels, config, **planned)
-        measured = live_peak(lambda: encode_tiled(vae, given, plan))
+    given = subjects.random_latents(shape.latent_shape(config) if direction == "decode" else pixels, CPU, dtype)
+    run, told = {"decode": decode_within, "encode": encode_within}[direction], {}
+    measured = live_peak(lambda: run(vae, given, budget, told=told))
     predicted = activations.vae_bytes(shape, config, direction, budget=budget, element_size=dtype.itemsize)
-    tiles = plan.num_tiles(latents)
-    what = f"{config.kind} of {name}, {_shape(shape)}, {tiles} tile{'s' if tiles > 1 else ''}, {_name(dtype)}"
+    way = str(told[f"vae_{direction}"]).split(":")[0]
+    what = f"{config.kind} of {name}, {_shape(shape)}, {_name(dtype)}: {way}"
     return Compared(stage=f"vae_{direction}", what=what, predicted=predicted, measured=measured)
 
 
@@ -152,6 +231,12 @@ def every_case() -> Iterator[Compared]:
         yield vae_pass("lite-t2v-5s-sft", VideoShape(1, 9, 64, 64), direction, dtype=fp32)
         yield vae_pass("image-lite-t2i-sft", VideoShape(1, 1, 192, 192), direction, dtype=fp32)
         yield vae_pass("nano-video", VideoShape(1, 17, 256, 256), direction, dtype=fp32, budget=128 * 2**20)
+    for name in FULL_SIZES:
+        yield full_step(name)
+    for direction in ("encode", "decode"):
+        yield full_vae("image-lite-t2i-sft", direction, budget=4 * 2**30)
+        for budget in (16, 4, 2):
+            yield full_vae("lite-t2v-5s-sft", direction, budget=budget * 2**30)
     yield loaded("nano-video")
     yield loaded("nano-image")
     for kind in (AS_IS, "int8", "fp8"):

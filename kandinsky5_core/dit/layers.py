@@ -5,6 +5,9 @@ Shape legend: B batch, S query tokens, L key tokens, D model_dim, N heads, d hea
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from types import ModuleType
 
 import torch
@@ -19,6 +22,9 @@ RMS_EPS = 1.1920929e-07
 LAYER_NORM_EPS = 1e-5
 CAST_NUMBERS = 2**20
 """Weights that are cast to fp32 at a time on the CPU: 4 MB, which stay in the cache."""
+PIECE_NUMBERS_CPU, PIECE_NUMBERS, MATMUL_PIECE = 2**18, 2**24, 2**24
+"""Numbers that are computed in fp32 at a time without gradients: on the CPU what stays in the cache, elsewhere enough
+to keep a device busy. A long clip's copies in fp32 would be the most that a block holds."""
 
 
 def in_fp32(layer: nn.Module, x: Tensor) -> Tensor:
@@ -27,7 +33,8 @@ def in_fp32(layer: nn.Module, x: Tensor) -> Tensor:
     Factories other than torch.nn (ComfyUI's) cast their weights to the input's dtype themselves.
     """
     x = x.float()
-    with torch.autocast(x.device.type, enabled=False):
+    # Tensors without data, where sizes are counted, know no autocast.
+    with nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False):
         if layer.weight.dtype == torch.float32 or type(layer).forward not in (nn.Linear.forward, nn.RMSNorm.forward):
             return layer(x)
         if isinstance(layer, nn.RMSNorm):
@@ -58,16 +65,52 @@ def head_norm(layer: nn.Module, x: Tensor) -> Tensor:
     return (wide * inverse).mul_(layer.weight.float()).to(x.dtype)
 
 
+def normed_heads(layer: nn.Module, x: Tensor, rope: Rope | None) -> Tensor:
+    """Queries or keys (B, S, N, d) normalised and, where they have a place, rotated; without gradients in place."""
+    if rope is None:
+        return in_pieces(partial(head_norm, layer), x, x) if takes_pieces() else head_norm(layer, x)
+
+    def compute(part: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return apply_rope(head_norm(layer, part), Rope(cos, sin))
+
+    return in_pieces(compute, x, x, *rope) if takes_pieces() else compute(x, *rope)
+
+
+def in_pieces(compute: Callable[..., Tensor], out: Tensor, *inputs: Tensor, most: int = 0) -> Tensor:
+    """`compute(*inputs)` put into `out`, some tokens at a time; all are (B, S, ..), or (S, ..) what the batch shares.
+
+    Each token is computed on its own, so the pieces change no bit. `out` may be one of the inputs.
+    """
+    most = most or (PIECE_NUMBERS_CPU if out.device.type == "cpu" else PIECE_NUMBERS)
+    rows = max(1, most * out.shape[1] // max(1, out.numel()))
+    for start in range(0, out.shape[1], rows):
+        parts = [x[start : start + rows] if x.dim() == 2 else x[:, start : start + rows] for x in inputs]
+        out[:, start : start + rows].copy_(compute(*parts))
+    return out
+
+
+def takes_pieces() -> bool:
+    """Gradients need whole tensors to go back through; a compiler fuses the steps and keeps no copies either."""
+    return not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
 def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """LayerNorm(x)*(1+scale)+shift in fp32, back in x's dtype; x (B, S, D), shift and scale (B, 1, D)."""
-    # In place: on the CPU a new large tensor costs more than the arithmetic.
-    normed = F.layer_norm(x.float(), x.shape[-1:], eps=LAYER_NORM_EPS)
-    return normed.mul_(1 + scale).add_(shift).to(x.dtype)
+
+    def compute(part: Tensor) -> Tensor:
+        normed = F.layer_norm(part.float(), part.shape[-1:], eps=LAYER_NORM_EPS)
+        return normed.mul_(1 + scale).add_(shift)
+
+    return in_pieces(compute, torch.empty_like(x), x) if takes_pieces() else compute(x).to(x.dtype)
 
 
 def gated_add(x: Tensor, gate: Tensor, update: Tensor) -> Tensor:
-    """x + gate*update in fp32, back in x's dtype."""
-    return (gate * update.float()).add_(x).to(x.dtype)
+    """x + gate*update in fp32, back in x's dtype; without gradients it lies where `update` did."""
+
+    def compute(part: Tensor, added: Tensor) -> Tensor:
+        return (gate * added.float()).add_(part)
+
+    return in_pieces(compute, update, x, update) if takes_pieces() else compute(x, update).to(x.dtype)
 
 
 class Modulation(nn.Module):
@@ -110,10 +153,9 @@ class Attention(nn.Module):
             rearrange(part, "b s (n d) -> b s n d", n=self.num_heads)
             for part in (self.to_query(x), self.to_key(context), self.to_value(context))
         )
-        query, key = head_norm(self.query_norm, query), head_norm(self.key_norm, key)
-        if rope is not None:
-            query, key = apply_rope(query, rope), apply_rope(key, rope)
+        query, key = normed_heads(self.query_norm, query, rope), normed_heads(self.key_norm, key, rope)
         attended = attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), key_mask)
+        del query, key, value  # before more is made
         return self.out_layer(rearrange(attended, "b n s d -> b s (n d)"))
 
 
@@ -126,7 +168,18 @@ class FeedForward(nn.Module):
         self.out_layer = ops.Linear(ff_dim, model_dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        # The hidden numbers would be the most that a block holds; but weights that come from elsewhere come once.
+        if takes_pieces() and self.is_at_hand(x):
+            return in_pieces(self.whole, torch.empty_like(x), x, most=MATMUL_PIECE)
+        return self.whole(x)
+
+    def whole(self, x: Tensor) -> Tensor:
+        """All tokens at once."""
         hidden = self.in_layer(x)
-        # The widest tensor of a block: without gradients there is no second one.
         hidden = F.gelu(hidden) if torch.is_grad_enabled() else torch.ops.aten.gelu_(hidden)
         return self.out_layer(hidden)
+
+    def is_at_hand(self, x: Tensor) -> bool:
+        """Whether both weights can be used as they lie; ComfyUI may have left them in CPU memory or another dtype."""
+        weights = (self.in_layer.weight, self.out_layer.weight)
+        return all(weight.device == x.device and weight.dtype == x.dtype for weight in weights)

@@ -66,14 +66,17 @@ class DiffusionTransformer(nn.Module):
         time_embed = self.time_embeddings(timestep) + self.pooled_text_embeddings(text.pooled).float()
         rope = plan.text_rope(text.embeds.shape[1], self.config.head_dim, text.embeds.device)
         text_tokens = self.refine_text(text.embeds, time_embed, text_mask, rope)
-        tokens = self.visual_embeddings(latents)
-        if plan.nabla is not None:
-            tokens = plan.nabla.reorder(tokens)
         blocks = self.visual_blocks if around is None else partial(around, self.visual_blocks)
-        tokens = blocks(tokens, text_tokens, time_embed, plan, text_mask)
+        # The first tokens get no name here: they would stay as long as it does.
+        tokens = blocks(self.visual_tokens(latents, plan), text_tokens, time_embed, plan, text_mask)
         if plan.nabla is not None:
             tokens = plan.nabla.restore(tokens)
         return self.out_layer(tokens, time_embed, plan.grid).to(latents.dtype)
+
+    def visual_tokens(self, latents: Tensor, plan: VisualPlan) -> Tensor:
+        """(B, input_channels, T, H, W) to the (B, S, D) that enter the visual blocks, in their order."""
+        tokens = self.visual_embeddings(latents)
+        return tokens if plan.nabla is None else plan.nabla.reorder(tokens)
 
     def refine_text(
         self, embeds: Tensor, time_embed: Tensor, text_mask: Tensor | None, rope: Rope | None = None

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 BASE = 10000.0
-COMPLEX_DEVICES = ("cpu", "cuda")
-"""Where a product of complex numbers is one fast pass over memory."""
+COMPLEX_DEVICES = ("cpu", "cuda", "meta")
+"""Where a product of complex numbers is one fast pass over memory; on meta, where sizes are counted, as there."""
 
 
 class Rope(NamedTuple):

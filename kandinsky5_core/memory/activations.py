@@ -11,7 +11,9 @@ from math import ceil, prod
 
 from ..config import BLOCK_TOKENS, DiTConfig, VAEConfig
 from ..shapes import LatentShape, VideoShape
-from ..vae.tile_plan import WORKSPACE, activation_bytes, latents_of_pixels, plan_decode, plan_encode
+from ..vae.pass_plan import is_plain, plan_pass
+from ..vae.stream_plan import StreamPlan, stream_bytes
+from ..vae.tile_plan import WORKSPACE, activation_bytes
 from .parameters import TextSizes
 
 FP32, ROPE_SIZE = 4, 2
@@ -19,31 +21,35 @@ FP32, ROPE_SIZE = 4, 2
 MAX_SCORES = 2**24
 """Of `attention.block_mask`: entries of the pooled map that are sorted at a time."""
 CAST_NUMBERS = 2**20
-"""Of `dit.layers`."""
+"""Of `dit.layers`, as the three below: weights cast at a time, and numbers of the tokens computed at a time."""
+PIECE_NUMBERS_CPU, PIECE_NUMBERS, MATMUL_PIECE = 2**18, 2**24, 2**24
+GATHERED_NUMBERS_CPU = 2**20
+"""Of `attention.gather`: numbers of the keys, and of the values, that are copied together at a time."""
 SORT_BYTES = 29
 """A sorted entry: scores and probabilities, the same sorted, its order, running sums, and what is kept."""
-MASK_BYTES = 9
-"""An entry of the block mask: the mask itself, and its lists of blocks before and after they are joined."""
+LIST_BYTES = 17
+"""An entry that is made into lists: sorted, with its order before it is shortened."""
+MASK_BYTES = 5
+"""An entry of the block mask: the mask itself, and its list of blocks."""
 
 
-def block_bytes(config: DiTConfig, tokens: int, element_size: int, *, first: bool = False) -> int:
-    """Of one block's forward pass over `tokens`, its input and the model's first tokens with it.
+def block_bytes(config: DiTConfig, tokens: int, element_size: int, *, on_cpu: bool = False) -> int:
+    """Of one block's forward pass over `tokens`, its input included.
 
-    It peaks either where keys are rotated (first tokens, input, normed, query, key, value, rotated query; then an
-    fp32 copy, the product and two roundings) or in the feed-forward (first tokens, input, stream, the attended ones,
-    normed, hidden, result).
-
-    Args:
-        first: The block's input is the model's first tokens, so these do not stay beside it.
+    It peaks in self-attention (input, normed, query, key, value, and the attended ones), or, where the tokens are few,
+    while keys are rotated (a normed and an fp32 copy, the product, and two roundings, of one piece) or in the
+    feed-forward (input, stream, normed, result; hidden and result of one piece).
     """
-    stream = 5 if first else 6
+    stream = tokens * config.model_dim * element_size
+    piece = min(tokens * config.model_dim, PIECE_NUMBERS_CPU if on_cpu else PIECE_NUMBERS)
     copied = 0 if element_size == FP32 else FP32
     rounded = ROPE_SIZE + (0 if element_size == ROPE_SIZE else element_size)
-    attention = (stream + 1) * element_size + FP32 + copied + rounded
-    feed_forward = stream * element_size
-    widest = max(attention * config.model_dim, feed_forward * config.model_dim + config.ff_dim * element_size)
     # The rotary table as complex numbers, which is made for each use of it.
-    return tokens * (widest + FP32 * config.head_dim)
+    table = FP32 * config.head_dim * (piece // config.model_dim)
+    rotating = 5 * stream + piece * (element_size + copied + FP32 + rounded) + table
+    hidden = min(tokens * config.model_dim, MATMUL_PIECE) // config.model_dim * config.ff_dim
+    feeding = 4 * stream + element_size * (hidden + min(tokens * config.model_dim, MATMUL_PIECE))
+    return max(6 * stream, rotating, feeding)
 
 
 def dit_bytes(
@@ -55,14 +61,13 @@ def dit_bytes(
     Args:
         num_tokens: S; under NABLA padded to whole token blocks.
         nabla: With NABLA's block mask.
-        on_cpu: Modulation weights are cast to fp32 in parts (`dit.layers.CAST_NUMBERS`), elsewhere whole.
+        on_cpu: There weights and tokens are cast to fp32 in smaller parts.
     """
-    single = config.num_visual_blocks == 1
-    visual = batch * (block_bytes(config, 1, element_size, first=single) * num_tokens)
+    visual = block_bytes(config, batch * num_tokens, element_size, on_cpu=on_cpu)
     if nabla:
-        visual = max(visual, nabla_bytes(config, num_tokens, element_size, batch=batch))
+        visual = max(visual, nabla_bytes(config, num_tokens, element_size, batch=batch, on_cpu=on_cpu))
     refined = batch * text_tokens * config.model_dim * element_size
-    refining = batch * block_bytes(config, text_tokens, element_size, first=config.num_text_blocks == 1)
+    refining = block_bytes(config, batch * text_tokens, element_size, on_cpu=on_cpu)
     modulation = batch * 9 * config.model_dim * FP32
     weights = 0 if element_size == FP32 else 9 * config.model_dim * config.time_dim
     cast = FP32 * (min(weights, CAST_NUMBERS) if on_cpu else weights)
@@ -70,13 +75,23 @@ def dit_bytes(
     return max(refined + visual, refining, refined + entering + cast) + modulation
 
 
-def nabla_bytes(config: DiTConfig, num_tokens: int, element_size: int, *, batch: int = 1) -> int:
-    """At NABLA's own peak in a block: while the pooled map is sorted, or while blocks are gathered for attention."""
+def nabla_bytes(
+    config: DiTConfig, num_tokens: int, element_size: int, *, batch: int = 1, on_cpu: bool = False
+) -> int:  # fmt: skip
+    """At NABLA's own peak in a block: while the pooled map is sorted, while lists are made of it, or in attention.
+
+    On a GPU that is FlexAttention; where it does not work, gathered blocks take a quarter of a GiB more in 16 bits.
+    """
     blocks = num_tokens // BLOCK_TOKENS
     entries = batch * config.num_heads * blocks**2
     sorted_at_once = min(entries, max(1, MAX_SCORES // blocks**2) * blocks**2)
     stream = batch * num_tokens * config.model_dim * element_size
-    return max(6 * stream + 3 * entries + SORT_BYTES * sorted_at_once, 12 * stream + MASK_BYTES * entries)
+    gathered = 2 * GATHERED_NUMBERS_CPU * element_size if on_cpu else 0
+    return max(
+        5 * stream + entries + SORT_BYTES * sorted_at_once,
+        5 * stream + MASK_BYTES * entries + LIST_BYTES * sorted_at_once,
+        6 * stream + MASK_BYTES * entries + gathered,
+    )
 
 
 def sampler_bytes(latent_shape: Sequence[int], config: DiTConfig, element_size: int, *, evaluations: int) -> int:
@@ -104,20 +119,20 @@ def text_bytes(sizes: TextSizes, num_tokens: int, element_size: int) -> int:
 
 
 def vae_bytes(shape: VideoShape, config: VAEConfig, direction: str, *, budget: int, element_size: int) -> int:
-    """Of one VAE pass, tiled as `vae.tile_plan` plans for `budget`: live tensors of a tile, and the whole result."""
+    """Of one VAE pass, as `vae.pass_plan` plans it for `budget`: live tensors, and the whole result in fp32 where it
+    is put together of parts."""
     latents = shape.latent_shape(config)
-    pixels = (shape.batch, 3, shape.frames, shape.height, shape.width)
-    planned = {"budget_bytes": budget, "bytes_per_element": element_size}
-    plan = plan_decode(latents, config, **planned) if direction == "decode" else plan_encode(pixels, config, **planned)
+    sizes = {"direction": direction, "bytes_per_element": element_size}
+    plan = plan_pass(latents, config, budget_bytes=budget, **sizes)
+    result = FP32 * (3 * prod(shape) if direction == "decode" else 2 * prod(latents))
+    if isinstance(plan, StreamPlan):
+        return ceil(stream_bytes(plan, latents, config, **sizes) / WORKSPACE) + result
     tile = LatentShape(
         plan.batch, latents.channels, min(plan.frames, latents.frames), min(plan.height, latents.height),
         min(plan.width, latents.width),
     )  # fmt: skip
-    work = ceil(activation_bytes(tile, config, direction=direction, bytes_per_element=element_size) / WORKSPACE)
+    work = ceil(activation_bytes(tile, config, **sizes) / WORKSPACE)
     if direction == "encode" and config.layers_per_block == 1:
         # The resnet it peaks in has no other before it whose result stays.
         work -= prod(VideoShape.from_latent(tile, config)) * config.block_out_channels[0] * element_size
-    if plan.num_tiles(latents) == 1:
-        return work
-    result = prod(pixels) if direction == "decode" else 2 * prod(latents_of_pixels(pixels, config))
-    return work + FP32 * result
+    return work if is_plain(plan, latents) else work + result

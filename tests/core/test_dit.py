@@ -1,13 +1,16 @@
 """CrossDiT against diffusers' Kandinsky 5 transformer and the golden values of the facts sheet."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from diffusers import Kandinsky5Transformer3DModel
 
+from kandinsky5_core.bench.live import live_peak
 from kandinsky5_core.conditioning import TextConditioning
 from kandinsky5_core.config import IMAGE_EDITING, IMAGE_LITE, VIDEO_LITE, VIDEO_PRO, DiTConfig, NablaConfig
+from kandinsky5_core.dit import layers
 from kandinsky5_core.dit.embeddings import timestep_features
 from kandinsky5_core.dit.model import DiffusionTransformer, initialise
 from kandinsky5_core.dit.plan import plan_visual
@@ -195,6 +198,52 @@ def test_gradient_checkpointing_from_outside_changes_no_gradient() -> None:
     assert len(plain) == len(again) > 70
     for a, b in zip(plain, again, strict=True):
         torch.testing.assert_close(a, b, atol=1e-7, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("nabla", [None, NablaConfig(mass=0.6, window=(1, 1, 1))])
+def test_tokens_in_pieces_give_the_same_bits_with_less_memory(
+    dtype: torch.dtype, nabla: NablaConfig | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(3)
+    ours = DiffusionTransformer(TINY).to(dtype).eval()
+    latents, timestep = torch.randn(2, 9, 3, 32, 32, dtype=dtype), torch.tensor([500.0, 20.0])
+    text = text_of(torch.randn(2, 5, 8), torch.randn(2, 6)).to("cpu", dtype)
+    plan = plan_visual(TINY, (3, 16, 16), (1.0, 2.0, 2.0), nabla)
+    if plan.nabla is not None:
+        plan.nabla.path = "gather"  # compiled kernels do not let their tensors be counted
+    found, peaks = [], []
+    for piece in (2**30, 100 * TINY.model_dim):
+        monkeypatch.setattr(layers, "PIECE_NUMBERS_CPU", piece)
+        monkeypatch.setattr(layers, "MATMUL_PIECE", piece)
+        with torch.no_grad():
+            peaks.append(live_peak(lambda: found.append(ours(latents, timestep, text, plan))))
+    assert torch.equal(found[0], found[1])
+    # Of so few tokens NABLA's gathered blocks take the most.
+    assert peaks[1] < (0.8 if nabla is None else 1.0) * peaks[0]
+    # With gradients all goes whole, and nothing is written over.
+    assert torch.allclose(ours(latents, timestep, text, plan), found[0], atol=1e-6 if dtype == torch.float32 else 0.02)
+
+
+def test_weights_that_are_cast_at_every_call_are_cast_once_for_all_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    class CastingLinear(torch.nn.Linear):
+        """As ComfyUI's layers are, where it keeps weights in another dtype or place."""
+
+        casts = 0
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.casts += 1
+            return torch.nn.functional.linear(x, self.weight.to(x))
+
+    monkeypatch.setattr(layers, "MATMUL_PIECE", 4 * 8)
+    ops = SimpleNamespace(Linear=CastingLinear)
+    x = torch.randn(1, 12, 8)
+    for dtype, casts in ((torch.float32, 3), (torch.float64, 1)):
+        feed_forward = layers.FeedForward(8, 16, ops=ops).to(dtype)
+        with torch.no_grad():
+            found, wanted = feed_forward(x), feed_forward.whole(x)
+        assert feed_forward.in_layer.casts == casts + 1
+        assert torch.equal(found, wanted)
 
 
 def test_nabla_with_all_the_mass_is_dense_attention() -> None:

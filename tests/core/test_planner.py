@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from kandinsky5_core import pipeline, planning
-from kandinsky5_core.attention import block_mask
+from kandinsky5_core.attention import block_mask, gather
 from kandinsky5_core.bench import planned, subjects
 from kandinsky5_core.bench.live import LiveBytes, live_peak
 from kandinsky5_core.cli import main
@@ -108,6 +108,13 @@ def test_numbers_in_the_text_encoders_are_those_of_the_networks():
         lambda: planned.vae_pass("lite-t2v-5s-sft", VideoShape(1, 5, 64, 64), "decode", dtype=torch.bfloat16),
         lambda: planned.vae_pass("nano-video", VideoShape(1, 9, 128, 128), "decode", dtype=torch.float32,
                                  budget=40 * 2**20),
+        lambda: planned.vae_pass("nano-video", VideoShape(1, 33, 96, 96), "encode", dtype=torch.float32,
+                                 budget=16 * 2**20),
+        lambda: planned.full_step("lite-t2v-5s-sft"),
+        lambda: planned.full_step("pro-t2v-10s-sft-hd", blocks=1),
+        lambda: planned.full_step("image-lite-i2i-sft"),
+        lambda: planned.full_vae("lite-t2v-5s-sft", "decode", budget=8 * 2**30),
+        lambda: planned.full_vae("lite-t2v-5s-sft", "encode", budget=8 * 2**30),
         lambda: planned.loaded("nano-video"),
         lambda: planned.loaded("nano-image"),
         lambda: planned.block_weights(variant("lite-t2v-5s-sft"), "int8"),
@@ -219,7 +226,7 @@ def test_small_cpu_memory_takes_fewer_bits_or_is_refused():
 
 
 def test_what_does_not_fit_is_refused_with_a_size_that_does():
-    job = default_job(variant("pro-t2v-10s-sft"))
+    job = default_job(variant("pro-t2v-10s-sft-hd"))
     with pytest.raises(DoesNotFitError, match="with every saving sampling still takes"):
         choose(job, budget_bytes=8 * GIB)
     shape = smaller_shape(job, 8 * GIB)
@@ -320,7 +327,7 @@ def test_the_command_says_stages_settings_and_reasons(capsys):
 
 @pytest.mark.parametrize(
     ("options", "told"),
-    [(["--variant", "pro-t2v-10s-sft", "--budget", "8"], "does not fit 8 GiB"),
+    [(["--variant", "pro-t2v-10s-sft-hd", "--budget", "8"], "does not fit 8 GiB"),
      (["--frames", "120"], "frames 120 is not of the form 4k\\+1"),
      (["--task", "i2i"], "task 'i2i' is not one of lite-t2v-5s-sft"), (["--budget", "0"], "--budget 0 is not a size")],
 )  # fmt: skip
@@ -361,7 +368,9 @@ def test_the_page_is_up_to_date():
 def test_what_the_planner_repeats_is_what_runs():
     """The originals import torch, or are the trainer's, which the core does not know."""
     assert activations.MAX_SCORES == block_mask.MAX_SCORES
-    assert activations.CAST_NUMBERS == layers.CAST_NUMBERS
+    for name in ("CAST_NUMBERS", "PIECE_NUMBERS_CPU", "PIECE_NUMBERS", "MATMUL_PIECE"):
+        assert getattr(activations, name) == getattr(layers, name)
+    assert activations.GATHERED_NUMBERS_CPU == gather.GATHERED_NUMBERS_CPU
     assert planning.DEFAULT_RANK == LoraConfig().rank
 
 
