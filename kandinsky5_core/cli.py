@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from .config import VARIANTS
-from .memory.options import OFFLOADS, TEXT_WEIGHTS, WEIGHTS
+from .memory.options import DEFAULT_VAE_GIB, OFFLOADS, TEXT_WEIGHTS, WEIGHTS
 
 USAGE_ERROR = 2
 INTERRUPTED = 130
@@ -102,7 +102,8 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
         "beside the model, where they are found from then on",
     )  # fmt: skip
     parser.add_argument("--enhance", action="store_true", help="let the text encoder write out the prompt first")
-    parser.add_argument("--vae-budget", type=float, default=4.0, help="GiB that the VAE's work may take (default 4)")
+    parser.add_argument("--vae-budget", type=float, default=DEFAULT_VAE_GIB, help="GiB that the VAE's work may take "
+                        f"(default {DEFAULT_VAE_GIB:g})")  # fmt: skip
     parser.add_argument("--out", type=Path, required=True, help=".mp4, .webm, .gif or .png")
     parser.add_argument("--json", action="store_true", help="print one JSON object about the result")
     parser.set_defaults(run=_generate)
@@ -123,6 +124,8 @@ def _add_cache(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
 
 def _add_memory(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     memory = parser.add_argument_group("memory")
+    memory.add_argument("--budget", type=float, metavar="GB", help="memory of the device: choose the options below, "
+                        "--vae-budget and --batch-guidance as `kandinsky5 plan` does")  # fmt: skip
     memory.add_argument("--weights", default="as-is", choices=WEIGHTS, help="linear layers of the "
                         "DiT's blocks in eight bits, half of bf16; needs torchao (default as-is)")  # fmt: skip
     memory.add_argument("--text-weights", default="as-is", choices=TEXT_WEIGHTS, help="Qwen's layers in "

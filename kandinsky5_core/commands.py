@@ -15,11 +15,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .attention.engines import probe_engines
+from .fitting import fitted
 from .loading import DTYPES, ModelFiles, check_device, check_memory, find_files, load_files, resolve_dtype
 from .media import check_output, read_image, read_video, write_image, write_video
 from .memory.apply import compile_blocks
-from .memory.options import MemoryOptions
+from .memory.options import AS_IS, DEFAULT_VAE_GIB, MemoryOptions
 from .memory.peak import peak_memory_bytes
+from .memory.told import choice_text
 from .pipeline import Models, Result, check_vae_budget, choose_engine, fitting_variant, generate
 from .request import NO_OUTPAINT, Request, resolve
 from .sampling.cache_calibration import Calibration, check_calibration
@@ -45,11 +47,15 @@ def generate_command(args: argparse.Namespace) -> dict[str, object]:
         variant_name=args.variant,
     )  # fmt: skip
     memory = memory_of(args)
-    check_memory(memory, files.variant)
     request = request_of(args, files.variant.tasks[0])
     if not files.variant_named:
         files = replace(files, variant=fitting_variant(request, files.variant))
     request = resolve(request, files.variant)
+    if args.budget is not None:
+        check_left_open(args)
+        request, memory, choice = fitted(request, files.variant, resolve_dtype(args.dtype, device), args.budget)
+        tqdm.write(choice_text(choice), file=sys.stderr)
+    check_memory(memory, files.variant)
     if request.cache_ratios is not None:
         find_ratios(files.variant, files.dit, request.cache_ratios)
     calibrated = None if args.calibrate_cache is None else calibration_path(args.calibrate_cache, files, request)
@@ -90,6 +96,24 @@ def memory_of(args: argparse.Namespace) -> MemoryOptions:
     return MemoryOptions(
         weights=args.weights, text_weights=args.text_weights, swap_blocks=args.swap_blocks, offload=args.offload
     )
+
+
+PLANNED = {
+    "weights": AS_IS, "text_weights": AS_IS, "swap_blocks": 0, "offload": "stage", "vae_budget": DEFAULT_VAE_GIB,
+    "batch_guidance": "auto",
+}  # fmt: skip
+"""Options that `--budget` chooses, with their defaults."""
+
+
+def check_left_open(args: argparse.Namespace) -> None:
+    """Refuse options beside `--budget` that it chooses.
+
+    Raises:
+        ValueError: names them.
+    """
+    given = [f"--{name.replace('_', '-')}" for name, default in PLANNED.items() if getattr(args, name) != default]
+    if given:
+        raise ValueError(f"--budget chooses {', '.join(given)} itself; leave out one or the other")
 
 
 def calibration_path(named: str, files: ModelFiles, request: Request) -> Path:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
+from ..vae.tile_plan import DEFAULT_BUDGET_BYTES
+
 AS_IS = "as-is"
 WEIGHTS = (AS_IS, "fp8", "int8")
 TEXT_WEIGHTS = (AS_IS, "int8", "nf4")
 OFFLOADS = ("stage", "none")
+DEFAULT_VAE_GIB = DEFAULT_BUDGET_BYTES / 2**30
+"""What the VAE's work may take where nothing is said."""
 SWAP_SLOTS = 2
 """Blocks that the device has room for when blocks are swapped: one computes while the next one comes."""
 

@@ -18,6 +18,7 @@ from kandinsky5_core.config import NANO_VIDEO, VARIANTS, variant
 from kandinsky5_core.dit import layers
 from kandinsky5_core.dit.model import DiffusionTransformer
 from kandinsky5_core.dit.plan import plan_visual
+from kandinsky5_core.fitting import fitted, job_of_request
 from kandinsky5_core.loading import load
 from kandinsky5_core.memory import activations, parameters, training
 from kandinsky5_core.memory.activations import WORKSPACE
@@ -357,6 +358,37 @@ def test_numbers_of_a_lora_are_those_of_the_pairs():
 
     model = WithLora(subjects.random_dit(NANO_VIDEO, CPU, torch.float32), LoraConfig(rank=4))
     assert training.lora_numbers(NANO_VIDEO, 4) == sum(tensor.numel() for tensor in model.parameters())
+
+
+def test_generate_takes_the_settings_that_the_planner_chooses(tmp_path, capsys):
+    out = ["generate", "--prompt", "a red circle on a gray background", "--steps", "2", "--out", str(tmp_path / "a.mp4")]
+    assert main([*out, "--budget", "8", "--json"]) == 0
+    told = capsys.readouterr()
+    used = json.loads(told.out)["settings"]
+    assert used["offload"] == "none" and used["batch_guidance"] == "on"
+    assert used["vae_budget_bytes"] == Settings().vae_budget_bytes and "settings: all networks" in told.err
+    for options, problem in (
+        (["--budget", "0.85", "--frames", "1025"], "does not fit 0.85 GiB"), (["--budget", "0"], "--budget 0 is not a size"),
+        (["--budget", "8", "--weights", "int8", "--vae-budget", "2"], "--budget chooses --weights, --vae-budget itself"),
+    ):  # fmt: skip
+        assert main([*out, *options]) == 2
+        assert problem in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["lite-t2v-10s-sft", "pro-i2v-5s-sft", "image-lite-i2i-sft"])
+def test_a_request_is_the_job_that_is_planned(name):
+    row = variant(name)
+    image = torch.zeros(64, 64, 3) if row.tasks[0] in ("i2v", "i2i") else None
+    height, width = row.resolutions[0]
+    request = resolve(Request(prompt="a", task=row.tasks[0], image=image, height=height, width=width), row)
+    assert job_of_request(request, row, torch.bfloat16) == default_job(row)
+
+
+def test_a_request_in_a_small_budget_takes_its_savings():
+    row = variant("pro-t2v-5s-sft")
+    request, memory, choice = fitted(resolve(Request(prompt="a"), row), row, torch.bfloat16, 12)
+    assert memory == choice.settings.memory and memory.swap_blocks > 0 and memory.offload == "stage"
+    assert request.batch_guidance == "off" and request.vae_budget_bytes == choice.settings.vae_budget_bytes
 
 
 def test_the_page_is_up_to_date():
