@@ -5,9 +5,11 @@ Random weights at full width with few blocks, and the embedded Nano models.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
+from math import ceil
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +32,9 @@ from ..vae.hunyuan.model import HunyuanVAE
 from ..vae.within import decode_within, encode_within
 from . import subjects
 from .live import live_peak
+from .peak import peak_of
 
+Measure = Callable[[Callable[[], object]], int]
 CPU, META = torch.device("cpu"), torch.device("meta")
 GATHER = "gather"
 FULL_SIZES = (
@@ -53,8 +57,18 @@ class Compared:
         return self.predicted / self.measured
 
 
+def process_peak(work: Callable[[], object]) -> int:
+    """Most bytes that `work` adds to this process, the room that kernels take included; it runs twice."""
+    work()
+    peaks = peak_of(work, CPU)
+    if peaks["added_bytes"] is None:
+        raise ValueError("this system does not tell the peak of a piece of work; measure on Linux")
+    return peaks["added_bytes"]
+
+
 def dit_step(
-    name: str, shape: VideoShape, *, dtype: torch.dtype, blocks: int = 2, text_tokens: int = 64
+    name: str, shape: VideoShape, *, dtype: torch.dtype, blocks: int = 2, text_tokens: int = 64,
+    measure: Measure = live_peak,
 ) -> Compared:  # fmt: skip
     """One evaluation of the DiT, its inputs not counted."""
     row = variant(name)
@@ -71,7 +85,7 @@ def dit_step(
     latents = subjects.random_latents(latent_shape._replace(channels=config.input_channels), CPU, dtype)
     timestep = torch.full((shape.batch,), 500.0)
     with torch.no_grad():
-        measured = live_peak(lambda: dit(latents, timestep, text, plan))
+        measured = measure(lambda: dit(latents, timestep, text, plan))
     num_tokens = grid[0] * grid[1] * grid[2] if plan.nabla is None else len(plan.nabla.tokens.order)
     predicted = activations.dit_bytes(
         config, num_tokens, dtype.itemsize, batch=shape.batch, text_tokens=text_tokens, nabla=row.nabla is not None,
@@ -152,26 +166,30 @@ def full_vae(name: str, direction: str, *, budget: int, dtype: torch.dtype = tor
     return Compared(stage=f"vae_{direction}", what=what, predicted=predicted, measured=measured)
 
 
-def text_pass(num_tokens: int, *, layers: int, dtype: torch.dtype) -> Compared:
+def text_pass(num_tokens: int, *, layers: int, dtype: torch.dtype, measure: Measure = live_peak) -> Compared:
     """Qwen2.5-VL 7B's language model at full width."""
     qwen = subjects.random_qwen(layers, CPU, dtype)
     words = torch.arange(num_tokens)[None]
     with torch.no_grad():
-        measured = live_peak(lambda: qwen(input_ids=words, use_cache=False).last_hidden_state)
+        measured = measure(lambda: qwen(input_ids=words, use_cache=False).last_hidden_state)
     predicted = activations.text_bytes(parameters.TextSizes(), num_tokens, dtype.itemsize)
     what = f"Qwen2.5-VL 7B, {layers} layers, {num_tokens} tokens, {_name(dtype)}"
     return Compared(stage="text", what=what, predicted=predicted, measured=measured)
 
 
-def vae_pass(name: str, shape: VideoShape, direction: str, *, dtype: torch.dtype, budget: int = 2**32) -> Compared:
-    """Encoding or decoding within a budget."""
+def vae_pass(
+    name: str, shape: VideoShape, direction: str, *, dtype: torch.dtype, budget: int = 2**32,
+    measure: Measure = live_peak,
+) -> Compared:  # fmt: skip
+    """Encoding or decoding within a budget; beside a process's peak with the room that the planner leaves kernels."""
     config = variant(name).vae
     vae = subjects.random_vae(config, CPU, dtype)
     pixels = (shape.batch, 3, shape.frames, shape.height, shape.width)
     given = subjects.random_latents(shape.latent_shape(config) if direction == "decode" else pixels, CPU, dtype)
     run, told = {"decode": decode_within, "encode": encode_within}[direction], {}
-    measured = live_peak(lambda: run(vae, given, budget, told=told))
+    measured = measure(lambda: run(vae, given, budget, told=told))
     predicted = activations.vae_bytes(shape, config, direction, budget=budget, element_size=dtype.itemsize)
+    predicted = predicted if measure is live_peak else ceil(activations.WORKSPACE * predicted)
     way = str(told[f"vae_{direction}"]).split(":")[0]
     what = f"{config.kind} of {name}, {_shape(shape)}, {_name(dtype)}: {way}"
     return Compared(stage=f"vae_{direction}", what=what, predicted=predicted, measured=measured)
@@ -241,6 +259,23 @@ def every_case() -> Iterator[Compared]:
     yield loaded("nano-image")
     for kind in (AS_IS, "int8", "fp8"):
         yield block_weights(variant("lite-t2v-5s-sft"), kind)
+
+
+def process_cases() -> list[Callable[[], Compared]]:
+    """For `benchmarks/planner.py --process`: stages that are large beside what a process takes anyway."""
+    bf16, fp32, spent = torch.bfloat16, torch.float32, {"measure": process_peak}
+    lite, pro, nano = "lite-t2v-5s-sft", "pro-t2v-5s-sft", "nano-video"
+    return [
+        *(partial(dit_step, lite, VideoShape(1, 17, 256, 384), dtype=dtype, **spent) for dtype in (fp32, bf16)),
+        partial(dit_step, "lite-t2v-10s-sft", VideoShape(1, 17, 256, 384), dtype=fp32, **spent),
+        partial(dit_step, pro, VideoShape(1, 9, 256, 384), dtype=bf16, blocks=1, **spent),
+        partial(text_pass, 512, layers=1, dtype=bf16, **spent),
+        *(partial(vae_pass, lite, VideoShape(1, 17, 64, 96), "decode", dtype=dtype, **spent) for dtype in (fp32, bf16)),
+        *(partial(vae_pass, lite, VideoShape(1, 33, 64, 96), direction, dtype=fp32, budget=2**28, **spent)
+          for direction in ("encode", "decode")),
+        *(partial(vae_pass, nano, VideoShape(1, 65, 128, 128), direction, dtype=fp32, budget=2**27, **spent)
+          for direction in ("encode", "decode")),
+    ]  # fmt: skip
 
 
 def table(rows: Iterable[Compared]) -> Iterator[str]:
