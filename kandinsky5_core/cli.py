@@ -92,8 +92,8 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch", type=int, default=1, help="results, with consecutive seeds and numbered files")
     parser.add_argument("--attention", default="auto", help="auto, dense or nabla (default auto: as trained)")
-    parser.add_argument("--engine", default="auto", help="for dense attention: sdpa, flash, flash3 or sage (default "
-                        "auto: the fastest exact one)")  # fmt: skip
+    parser.add_argument("--engine", default="auto", help="for dense attention: sdpa, flash3, cudnn, flash, "
+                        "sage or flex (default auto: the fastest exact one)")  # fmt: skip
     parser.add_argument("--batch-guidance", default="auto", help="both passes of guidance at once: on, off or auto")
     parser.add_argument("--compile", action="store_true", help="torch.compile the DiT's blocks; once for all sizes")
     _add_cache(parser).add_argument(
@@ -210,7 +210,8 @@ def _add_bench(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--text-layers", type=int, help="layers of Qwen2.5-VL 7B to measure (default all 28)")
     parser.add_argument("--text-tokens", type=int, default=128, help="tokens of the prompt (default 128)")
     parser.add_argument("--attention", default="auto", help="auto, dense or nabla (default auto: as trained)")
-    parser.add_argument("--engine", default="auto", help="for dense attention: auto, sdpa, flash, flash3 or sage")
+    parser.add_argument("--engine", default="auto", help="for dense attention: auto, sdpa, flash3, cudnn, flash, "
+                        "sage or flex")  # fmt: skip
     parser.add_argument("--compile", action="store_true", help="torch.compile the DiT's blocks")
     parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 16384], help="stage attention: lengths")
     parser.add_argument("--heads", type=int, help="stage attention (default the variant's, on the CPU 4)")
