@@ -215,8 +215,10 @@ def _add_bench(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--compile", action="store_true", help="torch.compile the DiT's blocks")
     parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 16384], help="stage attention: lengths")
     parser.add_argument("--heads", type=int, help="stage attention (default the variant's, on the CPU 4)")
-    parser.add_argument("--sparsity", type=float, default=0.9, help="stage attention: blocks dropped (default 0.9)")
+    parser.add_argument("--sparsity", type=float, default=0.9, help="share of blocks that NABLA drops, in stage "
+                        "attention and, with random weights, in stage dit (default 0.9)")  # fmt: skip
     parser.add_argument("--against", help="diffusers: its classes with the same weights, in turns with ours")
+    parser.add_argument("--compile-rival", action="store_true", help="that rival compiled as well, by its own means")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the figures as JSON")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw them (.png; needs matplotlib)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")

@@ -63,14 +63,16 @@ def mass_mask(q: Tensor, k: Tensor, mass: float, token_mask: Tensor | None = Non
         mass: Kept probability in (0, 1]; 1 keeps everything.
         token_mask: (S,) bool, True for real tokens, which alone are pooled. None where nothing is padded.
     """
-    pooled_q = pool_blocks(q, token_mask).flatten(0, 1) * q.shape[-1] ** -0.5
-    pooled_k = pool_blocks(k, token_mask).flatten(0, 1)
-    group = max(1, MAX_SCORES // pooled_q.shape[1] ** 2)
-    kept = [
-        keep_by_mass(torch.softmax(queries @ keys.mT, dim=-1), mass)
-        for queries, keys in zip(pooled_q.split(group), pooled_k.split(group), strict=True)
-    ]
-    return torch.cat(kept).unflatten(0, q.shape[:2])
+    return pooled_mass_mask(pool_blocks(q, token_mask) * q.shape[-1] ** -0.5, pool_blocks(k, token_mask), mass)
+
+
+@torch.no_grad()
+def pooled_mass_mask(pooled_q: Tensor, pooled_k: Tensor, mass: float) -> Tensor:
+    """`mass_mask` of block means (B, heads, n, d), those of queries divided by sqrt(d)."""
+    group = max(1, MAX_SCORES // pooled_q.shape[2] ** 2)
+    pairs = zip(pooled_q.flatten(0, 1).split(group), pooled_k.flatten(0, 1).split(group), strict=True)
+    kept = [keep_by_mass(torch.softmax(queries @ keys.mT, dim=-1), mass) for queries, keys in pairs]
+    return torch.cat(kept).unflatten(0, pooled_q.shape[:2])
 
 
 @torch.no_grad()
