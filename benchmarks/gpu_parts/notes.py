@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 import time
@@ -45,6 +46,13 @@ class Notes:
         """What is not measured here, and why."""
         self.found["skipped"][what] = why
         self._write()
+
+    def has(self, package: str) -> bool:
+        """Whether a package is installed; where it is not, that is noted."""
+        if importlib.util.find_spec(package) is not None:
+            return True
+        self.skip(package, "not installed")
+        return False
 
     def left(self) -> float:
         """Seconds that the stage has left."""

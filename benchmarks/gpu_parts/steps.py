@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from kandinsky5_core.attention.block_mask import kept_blocks
 from kandinsky5_core.attention.dense import dense_attention
 from kandinsky5_core.attention.engines import ENGINE_NAMES, probe_engines
+from kandinsky5_core.attention.flex import compiled_flex_attention, flex_mask
 from kandinsky5_core.attention.nabla import NablaAttention
 from kandinsky5_core.bench import rivals
 from kandinsky5_core.bench.nabla import selection_error
@@ -43,6 +46,16 @@ from .subject import (
 )  # fmt: skip
 
 TRAINED_WINDOW = NablaConfig(mass=0.9)
+FLEX_TILES = {
+    "64x64, 4 warps, 3 stages": {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
+    "64x64, 4 warps, 2 stages": {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
+    "64x64, 8 warps, 3 stages": {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3},
+    "64x32, 4 warps, 3 stages": {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 3},
+    "64x64, 4 warps, 3 stages, TMA": {
+        "BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3, "USE_TMA": True,
+    },
+}  # fmt: skip
+"""The first is the only one of PyTorch's own choices whose sides divide a block of 64 tokens."""
 COMPILING = 45
 """Seconds that compiling the blocks and timing them should not need more than."""
 
@@ -80,7 +93,9 @@ def beside_diffusers(given: Given, notes: Notes, work: Subject, *, compiled: boo
     ours = work.step()
     output = ours()  # Chooses kernels.
     note_peak(given, notes, "step", ours, dit_planned(given, work))
-    theirs = notes.attempt("diffusers", lambda: rival_of(given, notes, work, output))
+    theirs = None
+    if notes.has("diffusers"):
+        theirs = notes.attempt("diffusers", lambda: rival_of(given, notes, work, output))
     steps = {OURS: ours} | ({} if theirs is None else {theirs.name: theirs.step})
     seconds = measure_steps(given, notes, "step", steps, work)
     if theirs is not None:
@@ -94,7 +109,6 @@ def beside_diffusers(given: Given, notes: Notes, work: Subject, *, compiled: boo
 
 def rival_of(given: Given, notes: Notes, work: Subject, output: Tensor) -> Rival:
     """diffusers' DiT with its fastest exact attention backend; its output is compared with ours."""
-    rivals.check_rival("diffusers")
     theirs = rivals.diffusers_dit(work.dit)
     step = rivals.diffusers_step(theirs, work.latents, work.timestep, work.text, work.grid, work.row.rope_scale)
     best, backends = rivals.best_backend(theirs, step, given.device)
@@ -152,10 +166,11 @@ def nabla_stage(given: Given, notes: Notes) -> None:
     note_peak(given, notes, "step", sparse, dit_planned(given, work, nabla=True))
     names = {"nabla": f"NABLA, {found.mean:.0%} dropped", "dense": f"dense {work.engine.name}"}
     kept = {names["nabla"]: 1 - found.mean}
-    seconds = measure_steps(given, notes, "step", {names["nabla"]: sparse, names["dense"]: dense}, work, kept)
+    seconds = measure_steps(given, notes, "step", {names["nabla"]: sparse, names["dense"]: dense}, work, kept,
+                            given.sizes.long_repeats)  # fmt: skip
     notes.fact("times_as_fast", seconds[names["dense"]] / seconds[names["nabla"]])
-    notes.attempt("attention alone", lambda: attention_alone(given, notes, work, nabla, with_nabla), needs=10)
     notes.attempt("compiled", lambda: nabla_compiled(given, notes, work, sparse, dense, kept, names), needs=COMPILING)
+    notes.attempt("attention alone", lambda: attention_alone(given, notes, work, nabla, with_nabla), needs=10)
 
 
 def nabla_compiled(
@@ -167,7 +182,7 @@ def nabla_compiled(
     sparse()
     dense()
     steps = {names["nabla"]: sparse, names["dense"]: dense}
-    seconds = measure_steps(given, notes, "step, blocks compiled", steps, work, kept)
+    seconds = measure_steps(given, notes, "step, blocks compiled", steps, work, kept, given.sizes.long_repeats)
     notes.fact("times_as_fast_compiled", seconds[names["dense"]] / seconds[names["nabla"]])
 
 
@@ -190,11 +205,12 @@ def attention_alone(
     caught = Caught(nabla.config, work.grid, device=given.device)
     with_nabla(caught)()
     q, k, v = caught.first
-    dropped = 1 - float(nabla.block_mask(q, k).mean(dtype=torch.float32))
+    mask = nabla.block_mask(q, k)
+    dropped = 1 - float(mask.mean(dtype=torch.float32))
     dense = f"dense {work.engine.name}"
     samples = alternate(
         {"NABLA": lambda: nabla(q, k, v), "of that, its mask": lambda: nabla.block_mask(q, k),
-         dense: lambda: work.engine.attend(q, k, v)},
+         "of that, lists of blocks": lambda: kept_blocks(mask), dense: lambda: work.engine.attend(q, k, v)},
         given.device, repeats=3 * given.sizes.repeats,
     )  # fmt: skip
     flops = attention_flops(q.shape[2], q.shape[1], q.shape[3])
@@ -209,6 +225,31 @@ def attention_alone(
         notes.fact("attention_error", selection_error(nabla, q, k, v))
     else:
         notes.skip("error of NABLA's attention", "its check knows no padding")
+    if given.device.type != "cuda":
+        notes.skip("tiles of FlexAttention", "they are of CUDA kernels")
+        return
+    for name, options in FLEX_TILES.items():
+        notes.attempt(f"tiles {name}", lambda: flex_tiles(given, notes, (q, k, v), mask, name, options), needs=20)  # noqa: B023
+
+
+def flex_tiles(
+    given: Given, notes: Notes, qkv: tuple[Tensor, Tensor, Tensor], mask: Tensor, name: str, options: dict[str, object]
+) -> None:
+    """FlexAttention over this mask, compiled for this very size with given tiles: what NABLA's path could gain."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, block_mask: object) -> Tensor:
+        return flex_attention(q, k, v, block_mask=block_mask, kernel_options=options)
+
+    blocks, compiled = flex_mask(mask), torch.compile(attend, dynamic=False, fullgraph=True)
+    run = partial(compiled, *qkv, blocks)
+    first, _ = timed(run, given.device)
+    seconds = alternate({name: run}, given.device, repeats=5)[name].median
+    expected = compiled_flex_attention(*qkv, mask)
+    notes.row("FlexAttention alone, mask given, by tiles", {
+        "tiles": name, "milliseconds": 1e3 * seconds, "first call, seconds": first,
+        "error to the path that NABLA takes": relative_error(run(), expected),
+    })  # fmt: skip
 
 
 def engines_stage(given: Given, notes: Notes) -> None:
@@ -275,7 +316,7 @@ def swap_stage(given: Given, notes: Notes) -> None:
 
 def quant_stage(given: Given, notes: Notes) -> None:
     """A step with the blocks' weights in eight bits."""
-    for kind in (AS_IS, *KINDS):
+    for kind in (AS_IS, *KINDS) if notes.has("torchao") else (AS_IS,):
         notes.attempt(kind, lambda kind=kind: one_kind(given, notes, kind))
         clear(given.device)
 
@@ -315,5 +356,4 @@ def pro_stage(given: Given, notes: Notes) -> None:
     step = work.step()
     step()
     note_peak(given, notes, "step", step, dit_planned(given, work))
-    single = replace(given, sizes=replace(given.sizes, repeats=1))
-    measure_steps(single, notes, "step", {f"{row.name}, {size_of(given.sizes.short_size)}": step}, work)
+    measure_steps(given, notes, "step", {f"{row.name}, {size_of(given.sizes.short_size)}": step}, work, repeats=1)

@@ -51,6 +51,8 @@ class Sizes:
     """Heads, tokens and head size of the engines that are measured side by side."""
     swaps: tuple[int, ...] = (0, 16, 32)
     repeats: int = 3
+    long_repeats: int = 2
+    """Of steps of several seconds."""
     blocks: int | None = None
     """Visual blocks; None: all."""
     backend: str = "inductor"
@@ -62,7 +64,8 @@ TINY = Sizes(
     video="nano-video", long="nano-video", pro="nano-video", image="nano-image", short_size=(5, 64, 64),
     # Not whole token blocks, so that nothing is compiled for NABLA on a CPU.
     long_size=(5, 368, 368), image_size=(1, 64, 64), vae_size=(9, 64, 64), vae_budgets=(0.05, 0.02), sparsity=0.3,
-    text_tokens=8, text_layers=1, attention=(2, 256, 32), swaps=(0, 1, 2), repeats=1, blocks=2, backend="aot_eager",
+    text_tokens=8, text_layers=1, attention=(2, 256, 32), swaps=(0, 1, 2), repeats=1, long_repeats=1,
+    blocks=2, backend="aot_eager",
 )  # fmt: skip
 
 
@@ -133,16 +136,17 @@ def free_bytes(device: torch.device) -> int | None:
 
 def measure_steps(
     given: Given, notes: Notes, table: str, steps: Mapping[str, Callable[[], Tensor]], work: Subject,
-    kept: Mapping[str, float] | None = None,
+    kept: Mapping[str, float] | None = None, repeats: int | None = None,
 ) -> dict[str, float]:  # fmt: skip
     """Time them in turns and note a row for each; seconds by name.
 
     Args:
         kept: Share of the attention that a step computes, where it is not all.
+        repeats: Default that of the sizes.
     """
     multiply, matmul_flops = matmul(work.config, given.device, given.dtype)
     kept = kept or {}
-    samples = alternate({**steps, "matmul": multiply}, given.device, repeats=given.sizes.repeats)
+    samples = alternate({**steps, "matmul": multiply}, given.device, repeats=repeats or given.sizes.repeats)
     rate = matmul_flops / samples["matmul"].median
     for name in steps:
         flops = dit_flops(work.config, work.grid, given.sizes.text_tokens, kept=kept.get(name, 1.0))

@@ -83,5 +83,6 @@ def kept_blocks(mask: Tensor) -> tuple[Tensor, Tensor]:
     """
     flat = mask.flatten(0, 1)
     group = max(1, MAX_SCORES // mask.shape[-1] ** 2)
-    indices = [part.argsort(dim=-1, descending=True, stable=True).int() for part in flat.split(group)]
+    # As bytes: sorting is not defined for bool on every device.
+    indices = [part.argsort(dim=-1, descending=True, stable=True).int() for part in flat.view(torch.uint8).split(group)]
     return mask.sum(dim=-1, dtype=torch.int32), torch.cat(indices).view_as(mask)

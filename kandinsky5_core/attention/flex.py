@@ -40,7 +40,7 @@ def compiled_flex_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, token
         Exception: whatever the compiler raises where it cannot work; ask `flex_limit` and `probe_flex` first.
     """
     wants_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    return _compiled_flex(q.device.type)(q, k, v, block_mask=_flex_mask(mask, token_mask, wants_grad))
+    return _compiled_flex(q.device.type)(q, k, v, block_mask=flex_mask(mask, token_mask, wants_grad))
 
 
 @cache
@@ -114,7 +114,8 @@ def _probe_error(q: Tensor, padded: bool, wants_grad: bool) -> float:
     return float((out - expected).abs().max())
 
 
-def _flex_mask(mask: Tensor, token_mask: Tensor | None, wants_grad: bool) -> Any:
+def flex_mask(mask: Tensor, token_mask: Tensor | None = None, wants_grad: bool = False) -> Any:
+    """FlexAttention's `BlockMask` of a mask (B, heads, n, n), True for blocks to look at."""
     from torch.nn.attention.flex_attention import BlockMask
 
     counts, indices = kept_blocks(mask)

@@ -252,7 +252,8 @@ def load_cases(plan: Plan) -> Iterator[Case]:
         path = plan.files.get("dit")
         if path is None:
             path = Path(folder) / "dit.safetensors"
-            write_dit(subjects.random_dit(plan.config, torch.device("cpu"), plan.dtype), path)
+            # Made where random numbers are quick.
+            write_dit(subjects.random_dit(plan.config, plan.device, plan.dtype).to("cpu"), path)
         parts = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
         num_bytes = sum(part.stat().st_size for part in parts)
         buffer = bytearray(max(part.stat().st_size for part in parts))

@@ -110,6 +110,12 @@ def test_a_part_without_time_is_skipped_and_not_failed():
         notes.need(6)
 
 
+def test_a_missing_package_is_told():
+    notes = Notes(None)
+    assert notes.has("torch") and not notes.has("no_such_package")
+    assert notes.found["skipped"] == {"no_such_package": "not installed"}
+
+
 def report_with(**facts):
     stages = {"dit": {"title": "t", "status": "done", "seconds": 3.0, "found": {"facts": facts, "errors": {"x": "broke"}}}}
     return {"machine": {"device": "cuda"}, "options": "--out x", "note": "", "rehearsal": False, "stages": stages}
