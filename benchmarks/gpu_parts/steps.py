@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from kandinsky5_core.attention.block_mask import kept_blocks
+from kandinsky5_core.attention.block_mask import kept_blocks, listed_by_sorting
 from kandinsky5_core.attention.dense import dense_attention
 from kandinsky5_core.attention.engines import ENGINE_NAMES, probe_engines
 from kandinsky5_core.attention.flex import compiled_flex_attention, flex_mask
@@ -75,14 +75,14 @@ class Rival:
 
 def dit_stage(given: Given, notes: Notes) -> None:
     """A step of Video Lite at 512x768, 5 s, beside diffusers with its best engine; then both compiled."""
-    work = subject_of(given, given.sizes.video, given.sizes.short_size)
+    work = subject_of(given, notes, given.sizes.video, given.sizes.short_size)
     notes.fact("size", size_of(given.sizes.short_size))
     beside_diffusers(given, notes, work)
 
 
 def image_stage(given: Given, notes: Notes) -> None:
     """The same for a picture of 1024x1024."""
-    work = subject_of(given, given.sizes.image, given.sizes.image_size)
+    work = subject_of(given, notes, given.sizes.image, given.sizes.image_size)
     notes.fact("size", size_of(given.sizes.image_size))
     beside_diffusers(given, notes, work, compiled=False)
 
@@ -126,6 +126,7 @@ def compile_ours(given: Given, notes: Notes, work: Subject, output: Tensor, eage
     ours = work.step()
     notes.fact("compile_seconds", timed(ours, given.device)[0])
     notes.fact("compiled_error", relative_error(ours(), output))
+    note_peak(given, notes, "step, compiled", ours, dit_planned(given, work))
     seconds = measure_steps(given, notes, "step", {COMPILED: ours}, work)
     if eager is not None:
         notes.fact("times_as_fast_compiled_to_eager", eager / seconds[COMPILED])
@@ -142,7 +143,7 @@ def compile_both(given: Given, notes: Notes, work: Subject, theirs: Rival) -> No
 
 def nabla_stage(given: Given, notes: Notes) -> None:
     """A step of Video Lite at 512x768, 10 s, under NABLA at a sparsity, beside dense; then its attention alone."""
-    work = subject_of(given, given.sizes.long, given.sizes.long_size)
+    work = subject_of(given, notes, given.sizes.long, given.sizes.long_size)
     trained = work.row.nabla or TRAINED_WINDOW
     notes.fact("size", size_of(given.sizes.long_size))
     notes.fact("engine", work.engine.told)
@@ -210,7 +211,9 @@ def attention_alone(
     dense = f"dense {work.engine.name}"
     samples = alternate(
         {"NABLA": lambda: nabla(q, k, v), "of that, its mask": lambda: nabla.block_mask(q, k),
-         "of that, lists of blocks": lambda: kept_blocks(mask), dense: lambda: work.engine.attend(q, k, v)},
+         "of that, lists of blocks": lambda: kept_blocks(mask),
+         "the lists by sorting instead": lambda: listed_by_sorting(mask.flatten(0, 1)),
+         dense: lambda: work.engine.attend(q, k, v)},
         given.device, repeats=3 * given.sizes.repeats,
     )  # fmt: skip
     flops = attention_flops(q.shape[2], q.shape[1], q.shape[3])
@@ -290,7 +293,7 @@ def one_engine(given: Given, notes: Notes, name: str, qkv: tuple[Tensor, Tensor,
 
 def swap_stage(given: Given, notes: Notes) -> None:
     """A step with blocks that wait in CPU memory: what it costs, what it frees, and that the result is the same."""
-    work = subject_of(given, given.sizes.video, given.sizes.short_size)
+    work = subject_of(given, notes, given.sizes.video, given.sizes.short_size)
     notes.fact("engine", work.engine.told)
     step, expected, plain = work.step(), None, None
     for count in given.sizes.swaps:
@@ -323,7 +326,7 @@ def quant_stage(given: Given, notes: Notes) -> None:
 
 def one_kind(given: Given, notes: Notes, kind: str) -> None:
     """Time, memory and error of weights kept in one way; bf16 is made anew to compare with."""
-    work = subject_of(given, given.sizes.video, given.sizes.short_size)
+    work = subject_of(given, notes, given.sizes.video, given.sizes.short_size)
     step = work.step()
     expected = step()
     if kind != AS_IS:
@@ -351,7 +354,7 @@ def pro_stage(given: Given, notes: Notes) -> None:
     if free is not None and weights * 1.2 > free:
         notes.skip("a step", f"weights of {weights / GIB:.0f} GiB do not fit the {free / GIB:.0f} GiB that are free")
         return
-    work = subject_of(given, given.sizes.pro, given.sizes.short_size)
+    work = subject_of(given, notes, given.sizes.pro, given.sizes.short_size)
     notes.fact("engine", work.engine.told)
     step = work.step()
     step()

@@ -15,7 +15,7 @@ from kandinsky5_core.attention.engines import ChosenEngine, probe_engines
 from kandinsky5_core.bench import subjects
 from kandinsky5_core.bench.machine import matmul
 from kandinsky5_core.bench.peak import peak_of
-from kandinsky5_core.bench.timing import alternate
+from kandinsky5_core.bench.timing import alternate, synchronise
 from kandinsky5_core.bench.work import dit_flops
 from kandinsky5_core.conditioning import TextConditioning
 from kandinsky5_core.config import DiTConfig, Variant, variant
@@ -99,13 +99,15 @@ class Subject:
         return partial(dit or self.dit, self.latents, self.timestep, self.text, plan or self.plan)
 
 
-def subject_of(given: Given, name: str, size: tuple[int, int, int]) -> Subject:
-    """The variant at full depth, with the fastest exact engine."""
+def subject_of(given: Given, notes: Notes, name: str, size: tuple[int, int, int]) -> Subject:
+    """The variant at full depth, with the fastest exact engine; where that fails at this size, that is an error, and
+    PyTorch's own is measured.
+    """
     row, (frames, height, width) = variant(name), size
     config = subjects.fewer_blocks(row.dit, given.sizes.blocks)
     latent_shape = VideoShape(1, frames, height, width).latent_shape(row.vae)
     grid = latent_shape.token_grid(config.patch_size)
-    engine = probe_engines(given.device).choose("auto", head_dim=config.head_dim, dtype=given.dtype)
+    engine = engine_of(given, notes, config, prod(grid))
     channels = latent_shape._replace(channels=config.input_channels)
     return Subject(
         row=row, config=config, dit=subjects.random_dit(config, given.device, given.dtype), grid=grid,
@@ -114,6 +116,21 @@ def subject_of(given: Given, name: str, size: tuple[int, int, int]) -> Subject:
         text=subjects.random_text(config, given.sizes.text_tokens, given.device, given.dtype), engine=engine,
         plan=plan_visual(config, grid, row.rope_scale, None, given.device, engine.attend),
     )  # fmt: skip
+
+
+def engine_of(given: Given, notes: Notes, config: DiTConfig, tokens: int) -> ChosenEngine:
+    """The engine that 'auto' takes, tried on as many tokens as it will see; else 'sdpa'."""
+    engines, sizes = probe_engines(given.device), {"head_dim": config.head_dim, "dtype": given.dtype}
+    chosen = engines.choose("auto", **sizes)
+    shape = (1, tokens, config.num_heads, config.head_dim)
+
+    def tried() -> bool:
+        q = torch.ones(shape, device=given.device, dtype=given.dtype).transpose(1, 2)
+        chosen.attend(q, q, q)
+        synchronise(given.device)
+        return True
+
+    return chosen if notes.attempt(f"engine {chosen.name}", tried) else engines.choose("sdpa", **sizes)
 
 
 def size_of(size: tuple[int, int, int]) -> str:

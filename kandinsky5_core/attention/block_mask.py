@@ -79,10 +79,25 @@ def pooled_mass_mask(pooled_q: Tensor, pooled_k: Tensor, mass: float) -> Tensor:
 def kept_blocks(mask: Tensor) -> tuple[Tensor, Tensor]:
     """A block mask (B, heads, n, n) as lists: counts (B, heads, n) and indices (B, heads, n, n), both int32.
 
-    The first `counts` indices of a row are its kept key blocks, ascending; the rest are the others.
+    The first `counts` indices of a row are its kept key blocks, ascending; the rest are the others, ascending too.
     """
     flat = mask.flatten(0, 1)
     group = max(1, MAX_SCORES // mask.shape[-1] ** 2)
+    # Both give the same. Sorting bytes is quick on a CPU; elsewhere it takes many passes over memory, ranks take few.
+    listed = listed_by_sorting if mask.device.type == "cpu" else listed_by_rank
+    return mask.sum(dim=-1, dtype=torch.int32), torch.cat([listed(part) for part in flat.split(group)]).view_as(mask)
+
+
+def listed_by_sorting(mask: Tensor) -> Tensor:
+    """Indices along the last dimension of a bool mask, int32: the true ones first."""
     # As bytes: sorting is not defined for bool on every device.
-    indices = [part.argsort(dim=-1, descending=True, stable=True).int() for part in flat.view(torch.uint8).split(group)]
-    return mask.sum(dim=-1, dtype=torch.int32), torch.cat(indices).view_as(mask)
+    return mask.view(torch.uint8).argsort(dim=-1, descending=True, stable=True).int()
+
+
+def listed_by_rank(mask: Tensor) -> Tensor:
+    """`listed_by_sorting` without a sort: each index is written to the place that counting gives it."""
+    rank = mask.cumsum(dim=-1, dtype=torch.int32)
+    position = torch.arange(mask.shape[-1], dtype=torch.int32, device=mask.device)
+    # Behind all the true ones, a false one has as many before it as lie left of it and are false.
+    place = torch.where(mask, rank - 1, rank[..., -1:] + position - rank)
+    return torch.empty_like(rank).scatter_(-1, place.long(), position.expand_as(rank))

@@ -206,8 +206,10 @@ def test_random_weights_few_blocks_and_several_sizes(tmp_path):
 
 
 def test_attention_stage_measures_nabla_beside_dense(tmp_path, capsys):
+    picture = tmp_path / "bench.png"
     found = bench(tmp_path, "--variant", "nano-video", "--stage", "attention", "--tokens", "2048", "--heads", "2",
-                  "--sparsity", "0.8")  # fmt: skip
+                  "--sparsity", "0.8", "--plot", str(picture))  # fmt: skip
+    assert picture.read_bytes().startswith(b"\x89PNG")
     (row,) = found["rows"]
     assert set(row["beside"]) == {"dense sdpa"} and row["tokens"] == 2048
     assert abs(row["facts"]["sparsity"] - 0.8) < 0.04 and row["facts"]["error"] < 1e-4
@@ -387,6 +389,22 @@ def test_table_has_a_line_for_each_rival_and_no_empty_figures():
     assert lines[2] == "| dit | small | 2 | 5 | 25% | 1.00 GiB | a: 1.00 | 1.00 | 1.0e-06 |"
     assert lines[3] == "|  |  |  |  |  |  | b: 1.00 | 1.00 |  |"
     assert len({line.count("|") for line in lines}) == 1
+
+
+def test_plot_has_time_and_memory_of_every_stage_and_names_what_ran_beside(monkeypatch, tmp_path):
+    figure = pytest.importorskip("matplotlib.figure")
+    saved = []
+    monkeypatch.setattr(figure.Figure, "savefig", lambda self, path, dpi: saved.append(self))
+    beside = {"diffusers (native)": {"seconds": 3.0, "peak_bytes": None}}
+    rows = [{"stage": stage, "what": "256x256, 1 frame", "seconds": 2.0, "peak_bytes": 2**30, "beside": beside}
+            for stage in stages.STAGES]  # fmt: skip
+    report.plot(rows, tmp_path / "x.png")
+    axes = saved[0].axes
+    assert [axis.get_title() for axis in axes] == [f"{s}: {w}" for s in stages.STAGES for w in ("time", "peak memory")]
+    shown = [[text.get_text() for text in axis.texts] for axis in axes[:2]]
+    # A peak that is not known has no bar, and no label.
+    assert shown == [["2 s", "3 s"], ["1 GiB"]]
+    assert [text.get_text() for text in saved[0].legends[0].get_texts()] == ["ours", "diffusers (native)"]
 
 
 def test_sizes_are_read():

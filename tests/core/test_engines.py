@@ -401,6 +401,27 @@ def test_static_compilation_does_count_more(dynamo):
     assert dynamo["stats"]["unique_graphs"] > first
 
 
+def test_compiled_blocks_call_an_engine_outside_the_graph(dynamo):
+    model, compiled = random_dit(8), random_dit(8)
+    compile_blocks(compiled, backend="aot_eager")
+    calls, graphs = [], []
+
+    def kernel(q, k, v):
+        calls.append(torch.compiler.is_compiling())
+        return dense_attention(q, k, v)
+
+    engine = masks_by_sdpa(kernel)
+    text, timestep = random_text(4), torch.tensor([500.0])
+    for grid in ((3, 2, 2), (1, 8, 10), (5, 3, 8), (2, 4, 4)):
+        latents = torch.randn(1, 9, grid[0], 2 * grid[1], 2 * grid[2])
+        plan = plan_visual(TINY, grid, (1.0, 1.0, 1.0), dense=engine)
+        expected = model(latents, timestep, text, plan_visual(TINY, grid, (1.0, 1.0, 1.0)))
+        torch.testing.assert_close(compiled(latents, timestep, text, plan), expected, atol=1e-4, rtol=1e-4)
+        graphs.append(dynamo["stats"]["unique_graphs"])
+    assert calls == [False] * 12
+    assert graphs[1:] == [graphs[1]] * 3 and graphs[1] <= 6
+
+
 def test_compiled_nabla_stays_outside_the_graph(dynamo):
     nabla = NablaConfig(mass=0.6, window=(1, 1, 1))
     model, compiled = random_dit(5), random_dit(5)

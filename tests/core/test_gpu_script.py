@@ -2,12 +2,19 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from benchmarks import gpu
+from benchmarks.gpu_parts import subject
 from benchmarks.gpu_parts.notes import Notes, TooLittleTimeError
+from benchmarks.gpu_parts.subject import TINY, Given
 from benchmarks.gpu_parts.summary import GOALS, Goal, cell, goal_rows, markdown, table
+from kandinsky5_core.attention.dense import dense_attention
+from kandinsky5_core.attention.engines import ChosenEngine
+from kandinsky5_core.config import NANO_VIDEO
 
 
 def run(tmp_path, *options):
@@ -114,6 +121,18 @@ def test_a_missing_package_is_told():
     notes = Notes(None)
     assert notes.has("torch") and not notes.has("no_such_package")
     assert notes.found["skipped"] == {"no_such_package": "not installed"}
+
+
+def test_an_engine_that_fails_at_the_size_is_an_error_and_pytorch_is_measured(monkeypatch):
+    def refuse(q, k, v, key_mask=None):
+        raise RuntimeError("no plan for this size")
+
+    engines = SimpleNamespace(choose=lambda name, **sizes: ChosenEngine(
+        name=name, attend=refuse if name == "auto" else dense_attention, told=name))  # fmt: skip
+    monkeypatch.setattr(subject, "probe_engines", lambda device: engines)
+    given, notes = Given(device=torch.device("cpu"), dtype=torch.float32, sizes=TINY, tiny=True), Notes(None)
+    assert subject.engine_of(given, notes, NANO_VIDEO, 32).name == "sdpa"
+    assert notes.found["errors"] == {"engine auto": "RuntimeError: no plan for this size"}
 
 
 def report_with(**facts):
