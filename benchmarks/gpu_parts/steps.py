@@ -163,7 +163,6 @@ def nabla_stage(given: Given, notes: Notes) -> None:
     nabla = NablaAttention(found.config, work.grid, device=given.device)
     sparse, dense = with_nabla(nabla), work.step()
     sparse()
-    notes.fact("path", nabla.told)
     note_peak(given, notes, "step", sparse, dit_planned(given, work, nabla=True))
     names = {"nabla": f"NABLA, {found.mean:.0%} dropped", "dense": f"dense {work.engine.name}"}
     kept = {names["nabla"]: 1 - found.mean}

@@ -37,6 +37,8 @@ class Found:
 
     config: NablaConfig
     shares: tuple[float, ...]
+    path: str
+    """How NABLA computed it."""
 
     @property
     def mean(self) -> float:
@@ -46,7 +48,7 @@ class Found:
         """For a report, shares to four digits."""
         return {
             "mass": self.config.mass, "window": list(self.config.window), "sparsity": round(self.mean, 4),
-            "sparsity_range": [round(min(self.shares), 4), round(max(self.shares), 4)],
+            "sparsity_range": [round(min(self.shares), 4), round(max(self.shares), 4)], "path": self.path,
         }  # fmt: skip
 
 
@@ -94,7 +96,8 @@ def measured_shares(
     """What `config` drops in each visual block of one evaluation, and the pooled queries and keys there."""
     nabla = Recorded(config, grid, device=device)
     step(nabla)
-    return Found(config=config, shares=tuple(dropped_share(*pair, nabla) for pair in nabla.pooled)), nabla.pooled
+    shares = tuple(dropped_share(*pair, nabla) for pair in nabla.pooled)
+    return Found(config=config, shares=shares, path=nabla.told), nabla.pooled
 
 
 def found_mass(

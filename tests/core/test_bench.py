@@ -235,7 +235,7 @@ SPARSE = ["--variant", "nano-video", "--stage", "dit", "--attention", "nabla", "
 def test_a_step_under_nabla_is_measured_at_the_sparsity_asked_for_beside_dense(tmp_path):
     (row,) = bench(tmp_path, *SPARSE, "--random-weights", "--blocks", "3", "--sparsity", "0.56")["rows"]
     facts = row["facts"]
-    assert facts["attention"] == "nabla" and facts["window"] == [11, 3, 3]
+    assert facts["attention"] == "nabla" and facts["window"] == [11, 3, 3] and facts["path"].startswith("nabla: ")
     assert abs(facts["sparsity"] - 0.56) < 0.02
     low, high = facts["sparsity_range"]
     assert low <= facts["sparsity"] <= high
