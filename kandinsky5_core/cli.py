@@ -92,8 +92,8 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch", type=int, default=1, help="results, with consecutive seeds and numbered files")
     parser.add_argument("--attention", default="auto", help="auto, dense or nabla (default auto: as trained)")
-    parser.add_argument("--engine", default="auto", help="for dense attention: sdpa, flash, flash3 or sage (default "
-                        "auto: the fastest exact one)")  # fmt: skip
+    parser.add_argument("--engine", default="auto", help="for dense attention: sdpa, flash3, cudnn, flash, "
+                        "sage or flex (default auto: the fastest exact one)")  # fmt: skip
     parser.add_argument("--batch-guidance", default="auto", help="both passes of guidance at once: on, off or auto")
     parser.add_argument("--compile", action="store_true", help="torch.compile the DiT's blocks; once for all sizes")
     _add_cache(parser).add_argument(
@@ -213,12 +213,15 @@ def _add_bench(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--text-layers", type=int, help="layers of Qwen2.5-VL 7B to measure (default all 28)")
     parser.add_argument("--text-tokens", type=int, default=128, help="tokens of the prompt (default 128)")
     parser.add_argument("--attention", default="auto", help="auto, dense or nabla (default auto: as trained)")
-    parser.add_argument("--engine", default="auto", help="for dense attention: auto, sdpa, flash, flash3 or sage")
+    parser.add_argument("--engine", default="auto", help="for dense attention: auto, sdpa, flash3, cudnn, flash, "
+                        "sage or flex")  # fmt: skip
     parser.add_argument("--compile", action="store_true", help="torch.compile the DiT's blocks")
     parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 16384], help="stage attention: lengths")
     parser.add_argument("--heads", type=int, help="stage attention (default the variant's, on the CPU 4)")
-    parser.add_argument("--sparsity", type=float, default=0.9, help="stage attention: blocks dropped (default 0.9)")
+    parser.add_argument("--sparsity", type=float, default=0.9, help="share of blocks that NABLA drops, in stage "
+                        "attention and, with random weights, in stage dit (default 0.9)")  # fmt: skip
     parser.add_argument("--against", help="diffusers: its classes with the same weights, in turns with ours")
+    parser.add_argument("--compile-rival", action="store_true", help="that rival compiled as well, by its own means")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the figures as JSON")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw them (.png; needs matplotlib)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")

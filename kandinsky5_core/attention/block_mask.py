@@ -63,25 +63,47 @@ def mass_mask(q: Tensor, k: Tensor, mass: float, token_mask: Tensor | None = Non
         mass: Kept probability in (0, 1]; 1 keeps everything.
         token_mask: (S,) bool, True for real tokens, which alone are pooled. None where nothing is padded.
     """
-    pooled_q = pool_blocks(q, token_mask).flatten(0, 1) * q.shape[-1] ** -0.5
-    pooled_k = pool_blocks(k, token_mask).flatten(0, 1)
-    blocks = pooled_q.shape[1]
-    kept = torch.empty(len(pooled_q), blocks, blocks, dtype=torch.bool, device=q.device)
+    return pooled_mass_mask(pool_blocks(q, token_mask) * q.shape[-1] ** -0.5, pool_blocks(k, token_mask), mass)
+
+
+@torch.no_grad()
+def pooled_mass_mask(pooled_q: Tensor, pooled_k: Tensor, mass: float) -> Tensor:
+    """`mass_mask` of block means (B, heads, n, d), those of queries divided by sqrt(d)."""
+    queries, keys = pooled_q.flatten(0, 1), pooled_k.flatten(0, 1)
+    blocks = queries.shape[1]
+    kept = torch.empty(len(queries), blocks, blocks, dtype=torch.bool, device=queries.device)
     group = max(1, MAX_SCORES // blocks**2)
     for start in range(0, len(kept), group):
         some = slice(start, start + group)
-        kept[some] = keep_by_mass(torch.softmax(pooled_q[some] @ pooled_k[some].mT, dim=-1), mass)
-    return kept.unflatten(0, q.shape[:2])
+        kept[some] = keep_by_mass(torch.softmax(queries[some] @ keys[some].mT, dim=-1), mass)
+    return kept.unflatten(0, pooled_q.shape[:2])
 
 
 @torch.no_grad()
 def kept_blocks(mask: Tensor) -> tuple[Tensor, Tensor]:
     """A block mask (B, heads, n, n) as lists: counts (B, heads, n) and indices (B, heads, n, n), both int32.
 
-    The first `counts` indices of a row are its kept key blocks, ascending; the rest are the others.
+    The first `counts` indices of a row are its kept key blocks, ascending; the rest are the others, ascending too.
     """
     indices = torch.empty(mask.shape, dtype=torch.int32, device=mask.device)
     group = max(1, MAX_SCORES // mask.shape[-1] ** 2)
+    # Both give the same. Sorting bytes is quick on a CPU; elsewhere it takes many passes over memory, ranks take few.
+    listed = listed_by_sorting if mask.device.type == "cpu" else listed_by_rank
     for rows, chosen in zip(mask.flatten(0, 1).split(group), indices.flatten(0, 1).split(group), strict=True):
-        chosen.copy_(rows.argsort(dim=-1, descending=True, stable=True))
+        chosen.copy_(listed(rows))
     return mask.sum(dim=-1, dtype=torch.int32), indices
+
+
+def listed_by_sorting(mask: Tensor) -> Tensor:
+    """Indices along the last dimension of a bool mask, int32: the true ones first."""
+    # As bytes: sorting is not defined for bool on every device.
+    return mask.view(torch.uint8).argsort(dim=-1, descending=True, stable=True).to(torch.int32)
+
+
+def listed_by_rank(mask: Tensor) -> Tensor:
+    """`listed_by_sorting` without a sort: each index is written to the place that counting gives it."""
+    rank = mask.cumsum(dim=-1, dtype=torch.int32)
+    position = torch.arange(mask.shape[-1], dtype=torch.int32, device=mask.device)
+    # Behind all the true ones, a false one has as many before it as lie left of it and are false.
+    place = torch.where(mask, rank - 1, rank[..., -1:] + position - rank)
+    return torch.empty_like(rank).scatter_(-1, place.long(), position.expand_as(rank))

@@ -1,4 +1,4 @@
-"""Block-sparse attention through PyTorch's compiled FlexAttention, and the one place that finds out if it works.
+"""Attention through PyTorch's compiled FlexAttention, block-sparse and dense, and what finds out if it works.
 
 Shape legend: B batch, S = 64*n tokens in block order, n token blocks, d head_dim.
 """
@@ -40,7 +40,33 @@ def compiled_flex_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, token
         Exception: whatever the compiler raises where it cannot work; ask `flex_limit` and `probe_flex` first.
     """
     wants_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    return _compiled_flex(q.device.type)(q, k, v, block_mask=_flex_mask(mask, token_mask, wants_grad))
+    return _compiled_flex(q.device.type)(q, k, v, block_mask=flex_mask(mask, token_mask, wants_grad))
+
+
+@cache
+def _compiled_dense() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """FlexAttention without a mask, compiled for any number of tokens; kept as `_compiled_flex` is.
+
+    It needs no autotuning: with nothing to skip, PyTorch's first choice of tiles fits.
+    """
+    from torch.nn.attention.flex_attention import flex_attention
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        # A function of its own: PyTorch limits the versions compiled of one function, and NABLA's are not these.
+        return flex_attention(q, k, v)
+
+    return torch.compile(attend, dynamic=True, fullgraph=True)
+
+
+def compiled_dense_flex(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Dense attention, q (B, heads, N, d), k and v (B, heads, M, d); (B, heads, N, d).
+
+    Compiled anew for another head size, dtype, batch or number of heads.
+
+    Raises:
+        Exception: whatever the compiler raises where it cannot work, such as on CPU with gradients.
+    """
+    return _compiled_dense()(q, k, v)
 
 
 def flex_limit(device: torch.device, *, padded: bool, wants_grad: bool) -> str | None:
@@ -88,7 +114,8 @@ def _probe_error(q: Tensor, padded: bool, wants_grad: bool) -> float:
     return float((out - expected).abs().max())
 
 
-def _flex_mask(mask: Tensor, token_mask: Tensor | None, wants_grad: bool) -> Any:
+def flex_mask(mask: Tensor, token_mask: Tensor | None = None, wants_grad: bool = False) -> Any:
+    """FlexAttention's `BlockMask` of a mask (B, heads, n, n), True for blocks to look at."""
     from torch.nn.attention.flex_attention import BlockMask
 
     counts, indices = kept_blocks(mask)

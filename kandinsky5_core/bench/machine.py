@@ -21,8 +21,10 @@ def facts(device: torch.device, dtype: torch.dtype) -> dict[str, object]:
         "threads": torch.get_num_threads(),
     }  # fmt: skip
     if device.type == "cuda":
-        known["accelerator"] = torch.cuda.get_device_name(device)
-        known["cuda"] = torch.version.cuda
+        card = torch.cuda.get_device_properties(device)
+        known["accelerator"], known["accelerator_gib"] = card.name, round(card.total_memory / 2**30, 1)
+        known["capability"] = f"{card.major}.{card.minor}"
+        known["cuda"], known["cudnn"] = torch.version.cuda, torch.backends.cudnn.version()
     else:
         known["cpu_capability"] = torch.backends.cpu.get_cpu_capability()
     return known

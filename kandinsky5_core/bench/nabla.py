@@ -11,6 +11,7 @@ from torch import Tensor
 from ..attention.block_mask import mass_mask
 from ..attention.nabla import NablaAttention
 from ..config import BLOCK_TOKENS, NablaConfig
+from .sparsity import check_sparsity
 from .work import attention_flops
 
 if TYPE_CHECKING:
@@ -31,8 +32,7 @@ def nabla_cases(plan: Plan, case: Callable[..., Case]) -> Iterator[Case]:
     Raises:
         ValueError: a length that is not whole rows of the clip, or a sparsity that blocks cannot have.
     """
-    if not 0 < plan.sparsity < 1:
-        raise ValueError(f"--sparsity {plan.sparsity} must be above 0 and below 1")
+    check_sparsity(plan.sparsity)
     for tokens in plan.attention_tokens:
         grid = token_grid(tokens)
         heads, dim = plan.attention_heads, plan.config.head_dim

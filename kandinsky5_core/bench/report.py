@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .stages import Case
 from .timing import Samples, ratio
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 Row = dict[str, object]
 MATMUL = "matmul"
 """Name of the matrix product that is measured in turns with every case that has known work."""
+BAR_INCHES, PANEL_INCHES, LEGEND_INCHES = 0.26, 0.7, 0.6
+"""Heights in a plot: of a bar, of a panel's title and axis, and of the legend."""
 
 
 def row_of(
@@ -77,21 +83,49 @@ def check_plot(path: Path) -> None:
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:
-    """Bars of time for each case, with what ran beside it; a panel for each stage."""
+    """Bars of time and of peak memory for each case, with what ran beside it; a row of two panels for each stage."""
     from matplotlib.figure import Figure
 
-    stages = list(dict.fromkeys(row["stage"] for row in rows))
-    figure = Figure(figsize=(4.5 * len(stages), 4), layout="constrained")
-    for axis, stage in zip(figure.subplots(1, len(stages), squeeze=False)[0], stages, strict=True):
-        own = [row for row in rows if row["stage"] == stage]
-        names = list(dict.fromkeys(["ours", *(name for row in own for name in row["beside"])]))
-        width = 0.8 / len(names)
-        for number, name in enumerate(names):
-            heights = [row["seconds"] if name == "ours" else row["beside"].get(name, {}).get("seconds") for row in own]
-            places = [place + number * width for place, height in enumerate(heights) if height is not None]
-            axis.bar(places, [height for height in heights if height is not None], width, label=name)
-        axis.set_xticks([place + 0.4 - width / 2 for place in range(len(own))], [row["what"] for row in own])
-        axis.tick_params("x", labelrotation=30)
-        axis.set(title=stage, ylabel="seconds", yscale="log" if len(own) > 1 else "linear")
-        axis.legend(fontsize=8)
+    stages = {stage: [row for row in rows if row["stage"] == stage] for stage in dict.fromkeys(_all(rows, "stage"))}
+    names = list(dict.fromkeys(["ours", *(name for row in rows for name in row["beside"])]))
+    colours = {name: f"C{number % 10}" for number, name in enumerate(names)}
+    bars = [sum(1 + len(row["beside"]) for row in own) for own in stages.values()]
+    heights = [BAR_INCHES * (count + 1) + PANEL_INCHES for count in bars]
+    figure = Figure(figsize=(11, sum(heights) + LEGEND_INCHES), layout="constrained")
+    panels = figure.subplots(len(stages), 2, squeeze=False, height_ratios=heights)
+    for (left, right), (stage, own) in zip(panels, stages.items(), strict=True):
+        _bars(left, own, "seconds", 1, "s", colours)
+        _bars(right, own, "peak_bytes", 2**30, "GiB", colours)
+        left.set(title=f"{stage}: time", xlabel="seconds")
+        right.set(title=f"{stage}: peak memory", xlabel="GiB")
+    shown = [figure.gca().barh(0, 0, color=colours[name]) for name in names]
+    figure.legend(shown, names, loc="outside upper center", ncols=min(4, len(names)), fontsize=8)
     figure.savefig(path, dpi=110)
+
+
+def _all(rows: Sequence[Row], key: str) -> list[object]:
+    return [row[key] for row in rows]
+
+
+def _bars(axis: Axes, rows: Sequence[Row], key: str, unit: float, suffix: str, colours: Mapping[str, str]) -> None:
+    """One figure of each case, and of what ran beside it where that has it, from the top down."""
+    place, middles = 0.0, []
+    for row in rows:
+        first = place
+        for name, values in {"ours": row, **row["beside"]}.items():
+            value = values.get(key)
+            if value is not None:
+                drawn = axis.barh(place, value / unit, 0.85, color=colours[name])
+                axis.bar_label(drawn, [f"{value / unit:.3g} {suffix}"], padding=3, fontsize=8)
+            place += 1
+        middles.append((first + place - 1) / 2)
+        place += 0.5
+    axis.set_yticks(middles, [_wrapped(str(row["what"])) for row in rows], fontsize=8)
+    axis.invert_yaxis()
+    axis.margins(x=0.18)
+    axis.set_xlim(left=0)
+
+
+def _wrapped(what: str) -> str:
+    """A case's name on two lines where it has two parts."""
+    return what.replace(", ", "\n", 1)

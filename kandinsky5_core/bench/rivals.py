@@ -15,8 +15,16 @@ from ..dit.model import DiffusionTransformer
 from ..vae.flux import FluxVAE
 from ..vae.hunyuan.model import HunyuanVAE
 from ..weights.modules import build_on_meta
+from .timing import timed
 
 RIVALS = ("diffusers",)
+NATIVE = "native"
+EXACT = (NATIVE, "_native_cudnn", "_native_flash", "_native_efficient", "flash", "_flash_3", "xformers")
+BACKENDS = (*EXACT, "sage")
+"""Of `set_attention_backend`, in diffusers 0.42; the last rounds queries and keys to eight bits: timed, never taken."""
+BACKEND_ERROR = 0.05
+"""How far a backend's output may be from PyTorch's, in 16 bits."""
+PROBED_BLOCKS, PROBES = 2, 2
 FP32_PARTS = ("time_embeddings", "modulation")
 """What diffusers keeps in fp32 when it loads its DiT in 16 bits."""
 
@@ -67,6 +75,71 @@ def diffusers_step(
         return (found if torch.is_tensor(found) else found[0]).permute(0, 4, 1, 2, 3)
 
     return step
+
+
+class Contenders:
+    """diffusers' DiT over our tensors with its best attention backend, as it is and, if asked for, compiled too."""
+
+    def __init__(self, ours: DiffusionTransformer, *, compiled: bool) -> None:
+        self.plain = diffusers_dit(ours)
+        self.compiled = diffusers_dit(ours) if compiled else None
+        if self.compiled is not None:
+            self.compiled.compile_repeated_blocks()
+
+    def steps(
+        self, latents: Tensor, timestep: Tensor, text: TextConditioning, grid: tuple[int, int, int],
+        rope_scale: tuple[float, float, float],
+    ) -> tuple[dict[str, Callable[[], Tensor]], dict[str, object]]:  # fmt: skip
+        """Evaluations by name, which says the backend; and what every backend took, or why it cannot be used."""
+        given = (latents, timestep, text, grid, rope_scale)
+        best, told = best_backend(self.plain, diffusers_step(self.plain, *given), latents.device)
+        steps = {f"diffusers ({best})": diffusers_step(self.plain, *given)}
+        if self.compiled is not None:
+            self.compiled.set_attention_backend(best)
+            steps[f"diffusers ({best}, compiled)"] = diffusers_step(self.compiled, *given)
+        return steps, told
+
+
+@torch.inference_mode()
+def best_backend(theirs: nn.Module, step: Callable[[], Tensor], device: torch.device) -> tuple[str, dict[str, object]]:
+    """The fastest attention backend of diffusers that is exact, by a short run of two blocks each; it is left set.
+
+    Those from its hub are no part: they would be downloaded.
+
+    Returns:
+        Its name, and by name the seconds or the problem of each; on a CPU only 'native', which needs no comparison.
+    """
+    if device.type != "cuda":
+        theirs.set_attention_backend(NATIVE)
+        return NATIVE, {NATIVE: "the only one on this device"}
+    blocks = theirs.visual_transformer_blocks
+    theirs.visual_transformer_blocks = blocks[:PROBED_BLOCKS]
+    seconds: dict[str, float] = {}
+    told: dict[str, object] = {}
+    expected = None
+    try:
+        for name in BACKENDS:
+            try:
+                theirs.set_attention_backend(name)
+                found = step()
+                expected = found if expected is None else expected
+                error = float((found.float() - expected.float()).norm() / expected.float().norm())
+                took = min(timed(step, device)[0] for _ in range(PROBES))
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as problem:  # Packages that are missing or broken fail with every kind of exception.
+                told[name] = f"{type(problem).__name__}: {(str(problem).splitlines() or ['no message'])[0]}"
+                continue
+            told[name] = round(took, 5)
+            if not error < BACKEND_ERROR:
+                told[name] = f"{took:.5f} s, but differs by {error:.2g}"
+            elif name in EXACT:
+                seconds[name] = took
+    finally:
+        theirs.visual_transformer_blocks = blocks
+        best = min(seconds, key=seconds.__getitem__, default=NATIVE)
+        theirs.set_attention_backend(best)
+    return best, told
 
 
 def diffusers_vae(ours: HunyuanVAE | FluxVAE) -> nn.Module:

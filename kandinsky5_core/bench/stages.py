@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from ..attention.engines import ChosenEngine
-from ..attention.nabla import resolve_attention
-from ..config import DiTConfig, Variant
+from ..attention.nabla import NablaAttention, resolve_attention
+from ..config import DiTConfig, NablaConfig, Variant
 from ..dit.model import DiffusionTransformer
-from ..dit.plan import plan_visual
+from ..dit.plan import VisualPlan, plan_visual
 from ..memory.apply import compile_blocks
 from ..shapes import VideoShape
 from ..text.encoder import TextEncoder
@@ -24,8 +24,10 @@ from ..vae.pass_plan import describe, plan_pass
 from ..vae.tile_plan import DEFAULT_BUDGET_BYTES
 from ..vae.within import decode_within, encode_within
 from ..weights.load import load_dit, load_vae
+from ..weights.modules import build_on_meta
 from . import rivals, subjects
 from .nabla import nabla_cases
+from .sparsity import Found, check_sparsity, found_mass, measured_shares
 from .work import dit_flops
 
 STAGES = ("text", "dit", "vae_encode", "vae_decode", "load", "attention")
@@ -50,11 +52,14 @@ class Plan:
     text_layers: int = 28
     compiled: bool = False
     against: str | None = None
+    compile_rival: bool = False
+    """Theirs compiled as well, beside theirs as it is."""
     files: Mapping[str, Path] = field(default_factory=dict)
     """'dit' and 'vae': weights to measure with instead of random ones."""
     attention_tokens: tuple[int, ...] = (4096, 16_384)
     attention_heads: int = 4
     sparsity: float = 0.9
+    """Share of the token blocks that NABLA drops, where its mass is not that of given weights."""
     text_encoder: TextEncoder | None = None
     """Of an embedded model, to measure instead of Qwen2.5-VL 7B's sizes."""
 
@@ -110,32 +115,77 @@ def the_dit(plan: Plan) -> DiffusionTransformer:
 
 
 def dit_cases(plan: Plan) -> Iterator[Case]:
-    """One evaluation of the DiT for each size."""
-    dit = the_dit(plan)
-    theirs = rivals.diffusers_dit(dit) if plan.against else None
+    """One evaluation of the DiT for each size; under NABLA beside our own dense one.
+
+    Raises:
+        ValueError: a sparsity that NABLA cannot have at one of the sizes.
+    """
+    nabla = resolve_attention(plan.attention, plan.variant.nabla)
+    grids = [shape.latent_shape(plan.variant.vae).token_grid(plan.config.patch_size) for shape in plan.shapes]
+    for grid in grids if nabla is not None and "dit" not in plan.files else ():
+        check_sparsity(plan.sparsity, grid, nabla)
+    dit = plain = the_dit(plan)
     if plan.compiled:
+        plain = same_tensors(dit)
         compile_blocks(dit)
+    theirs = rivals.Contenders(plain, compiled=plan.compile_rival) if plan.against else None
     text = subjects.random_text(plan.config, plan.text_tokens, plan.device, plan.dtype)
     timestep = torch.tensor([TIMESTEP], device=plan.device)
-    nabla = resolve_attention(plan.attention, plan.variant.nabla)
-    for shape in plan.shapes:
-        latent_shape = shape.latent_shape(plan.variant.vae)
-        grid = latent_shape.token_grid(plan.config.patch_size)
-        visual = plan_visual(plan.config, grid, plan.variant.rope_scale, nabla, plan.device, plan.engine.attend)
-        latents = subjects.random_latents(
-            latent_shape._replace(channels=plan.config.input_channels), plan.device, plan.dtype
-        )
-        beside = {}
+    for shape, grid in zip(plan.shapes, grids, strict=True):
+        channels = shape.latent_shape(plan.variant.vae)._replace(channels=plan.config.input_channels)
+        latents = subjects.random_latents(channels, plan.device, plan.dtype)
+        scale = plan.variant.rope_scale
+        visual = plan_visual(plan.config, grid, scale, None, plan.device, plan.engine.attend)
+        facts: dict[str, object] = {
+            "text_tokens": plan.text_tokens, "attention": "dense" if nabla is None else "nabla",
+            "engine": plan.engine.told, "compiled": plan.compiled,
+        }  # fmt: skip
+        beside: dict[str, Callable[[], object]] = {}
+        kept = 1.0
+        if nabla is not None:
+            beside[f"dense {plan.engine.name}"] = partial(dit, latents, timestep, text, visual)
+            visual, found = _sparse(plan, plain, nabla, grid, partial(plain, latents, timestep, text))
+            facts |= found.facts()
+            kept = 1 - found.mean
+        if plan.compiled:
+            beside["ours, not compiled"] = partial(plain, latents, timestep, text, visual)
         if theirs is not None:
-            scale = plan.variant.rope_scale
-            beside["diffusers"] = rivals.diffusers_step(theirs, latents, timestep, text, grid, scale)
+            steps, told = theirs.steps(latents, timestep, text, grid, scale)
+            beside |= steps
+            facts["diffusers_backends"] = told
         yield Case(
             stage="dit", what=size_name(shape), run=partial(dit, latents, timestep, text, visual), beside=beside,
-            tokens=prod(grid), flops=0 if nabla else dit_flops(plan.config, grid, plan.text_tokens),
-            same_output=nabla is None, note=blocks_note(plan),
-            facts={"text_tokens": plan.text_tokens, "attention": "dense" if nabla is None else "nabla",
-                   "engine": plan.engine.told, "compiled": plan.compiled},
+            tokens=prod(grid), flops=dit_flops(plan.config, grid, plan.text_tokens, kept=kept),
+            same_output=nabla is None, note=blocks_note(plan), facts=facts,
         )  # fmt: skip
+
+
+def _sparse(
+    plan: Plan, dit: DiffusionTransformer, nabla: NablaConfig, grid: tuple[int, int, int],
+    step: Callable[[VisualPlan], object],
+) -> tuple[VisualPlan, Found]:  # fmt: skip
+    """The plan under NABLA: of given weights with the mass they were trained with, of random ones with that found.
+
+    What it drops is measured in `step`.
+    """
+
+    def with_attention(attention: NablaAttention) -> object:
+        return step(replace(visual, nabla=attention))
+
+    visual = plan_visual(dit.config, grid, plan.variant.rope_scale, nabla, plan.device, plan.engine.attend)
+    with torch.inference_mode():
+        if "dit" in plan.files:
+            return visual, measured_shares(with_attention, nabla, grid, plan.device)[0]
+        found = found_mass(with_attention, nabla, plan.sparsity, grid, plan.device, plan.engine.attend)
+    sparse = NablaAttention(found.config, grid, device=plan.device)
+    return replace(visual, nabla=sparse), found
+
+
+def same_tensors(dit: DiffusionTransformer) -> DiffusionTransformer:
+    """A second model over the very tensors of `dit`."""
+    other = build_on_meta(lambda: DiffusionTransformer(dit.config))
+    other.load_state_dict(dit.state_dict(), strict=True, assign=True)
+    return other.eval().requires_grad_(False)
 
 
 def text_cases(plan: Plan) -> Iterator[Case]:
@@ -202,7 +252,8 @@ def load_cases(plan: Plan) -> Iterator[Case]:
         path = plan.files.get("dit")
         if path is None:
             path = Path(folder) / "dit.safetensors"
-            write_dit(subjects.random_dit(plan.config, torch.device("cpu"), plan.dtype), path)
+            # Made where random numbers are quick.
+            write_dit(subjects.random_dit(plan.config, plan.device, plan.dtype).to("cpu"), path)
         parts = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
         num_bytes = sum(part.stat().st_size for part in parts)
         buffer = bytearray(max(part.stat().st_size for part in parts))

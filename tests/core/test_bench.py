@@ -10,8 +10,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from kandinsky5_core.attention.block_mask import mass_mask
+from kandinsky5_core.attention.dense import dense_attention
 from kandinsky5_core.attention.nabla import NablaAttention
-from kandinsky5_core.bench import machine, peak, report, rivals, run, stages, subjects, timing, work
+from kandinsky5_core.bench import machine, peak, report, rivals, run, sparsity, stages, subjects, timing, work
 from kandinsky5_core.bench.nabla import block_tokens, mass_for, selection_error, token_grid
 from kandinsky5_core.bench.stages import Case
 from kandinsky5_core.cli import main
@@ -150,12 +151,12 @@ def test_relative_error_is_the_norm_of_the_difference():
 # --- NABLA
 
 
-@pytest.mark.parametrize("sparsity", [0.5, 0.9])
-def test_nabla_is_measured_at_the_sparsity_asked_for(sparsity):
+@pytest.mark.parametrize("share", [0.5, 0.9])
+def test_nabla_is_measured_at_the_sparsity_asked_for(share):
     q, k, v = block_tokens(2, 2048, 16)
-    mass = mass_for(q, k, sparsity)
+    mass = mass_for(q, k, share)
     kept = float(mass_mask(q, k, mass).float().mean())
-    assert abs(1 - kept - sparsity) < 0.02
+    assert abs(1 - kept - share) < 0.02
     nabla = NablaAttention(NablaConfig(mass=mass, window=(1, 1, 1)), token_grid(2048), path="gather")
     assert selection_error(nabla, q, k, v) < 1e-5
 
@@ -182,7 +183,8 @@ def test_every_stage_of_an_embedded_model_beside_diffusers(tmp_path, capsys):
     dit = rows["dit"]
     assert dit["tokens"] == 2 * 4 * 4 and dit["tokens_per_second"] == pytest.approx(32 / dit["seconds"])
     assert dit["share_of_matmul"] == pytest.approx(dit["flops"] / dit["seconds"] / dit["matmul_flops_per_second"])
-    assert dit["beside"]["diffusers"]["error"] < 1e-4
+    assert dit["beside"]["diffusers (native)"]["error"] < 1e-4
+    assert dit["facts"]["diffusers_backends"] == {"native": "the only one on this device"}
     assert {"ratio", "ratio_paired", "ratio_best", "ratio_cpu"} <= set(rows["vae_decode"]["beside"]["diffusers"])
     assert set(rows["load"]["beside"]) == {"read the bytes"}
     assert picture.read_bytes().startswith(b"\x89PNG")
@@ -204,8 +206,10 @@ def test_random_weights_few_blocks_and_several_sizes(tmp_path):
 
 
 def test_attention_stage_measures_nabla_beside_dense(tmp_path, capsys):
+    picture = tmp_path / "bench.png"
     found = bench(tmp_path, "--variant", "nano-video", "--stage", "attention", "--tokens", "2048", "--heads", "2",
-                  "--sparsity", "0.8")  # fmt: skip
+                  "--sparsity", "0.8", "--plot", str(picture))  # fmt: skip
+    assert picture.read_bytes().startswith(b"\x89PNG")
     (row,) = found["rows"]
     assert set(row["beside"]) == {"dense sdpa"} and row["tokens"] == 2048
     assert abs(row["facts"]["sparsity"] - 0.8) < 0.04 and row["facts"]["error"] < 1e-4
@@ -217,7 +221,112 @@ def test_compiled_blocks_can_be_measured(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(stages, "compile_blocks", asked.append)
     found = bench(tmp_path, "--variant", "nano-video", "--stage", "dit", "--frames", "1", "--compile")
-    assert len(asked) == 1 and found["rows"][0]["facts"]["compiled"] is True
+    (row,) = found["rows"]
+    assert len(asked) == 1 and row["facts"]["compiled"] is True
+    assert list(row["beside"]) == ["ours, not compiled"] and row["beside"]["ours, not compiled"]["error"] == 0
+
+
+# --- NABLA in a step
+
+
+SPARSE = ["--variant", "nano-video", "--stage", "dit", "--attention", "nabla", "--sizes", "512x512x5", "--text-tokens", "6"]
+
+
+def test_a_step_under_nabla_is_measured_at_the_sparsity_asked_for_beside_dense(tmp_path):
+    (row,) = bench(tmp_path, *SPARSE, "--random-weights", "--blocks", "3", "--sparsity", "0.56")["rows"]
+    facts = row["facts"]
+    assert facts["attention"] == "nabla" and facts["window"] == [11, 3, 3] and facts["path"].startswith("nabla: ")
+    assert abs(facts["sparsity"] - 0.56) < 0.02
+    low, high = facts["sparsity_range"]
+    assert low <= facts["sparsity"] <= high
+    # The map of random weights is nearly flat: at the mass that was trained with, next to nothing would be dropped.
+    assert facts["mass"] < 0.3
+    assert list(row["beside"]) == ["dense sdpa"] and "error" not in row["beside"]["dense sdpa"]
+    config = replace(NANO_VIDEO, num_visual_blocks=3)
+    assert row["flops"] == pytest.approx(work.dit_flops(config, (2, 32, 32), 6, kept=1 - facts["sparsity"]), rel=1e-3)
+
+
+def test_given_weights_keep_the_mass_they_were_trained_with(tmp_path):
+    (row,) = bench(tmp_path, *SPARSE)["rows"]
+    assert row["facts"]["mass"] == 0.9 and 0 <= row["facts"]["sparsity"] < 0.56
+    assert list(row["beside"]) == ["dense sdpa"]
+
+
+def test_the_share_that_is_told_is_what_nabla_drops():
+    """Counted anew, from the masks of one evaluation."""
+    config, grid, masks = replace(NANO_VIDEO, num_visual_blocks=2), (2, 32, 24), []
+    dit = subjects.random_dit(config, CPU, torch.float32)
+    text = subjects.random_text(config, 5, CPU, torch.float32)
+    latents, timestep = torch.randn(1, 33, 2, 64, 48), torch.tensor([500.0])
+    plan = plan_visual(config, grid, (1.0, 1.0, 1.0), NablaConfig(mass=0.5, window=(1, 1, 1)))
+    step = lambda nabla: dit(latents, timestep, text, replace(plan, nabla=nabla))  # noqa: E731
+    with torch.no_grad():
+        found = sparsity.found_mass(step, plan.nabla.config, 0.8, grid, CPU, dense_attention)
+        nabla = NablaAttention(found.config, grid, path="gather")
+        seen = nabla.block_mask
+        nabla.block_mask = lambda q, k: masks.append(seen(q, k)) or masks[-1]
+        step(nabla)
+    shares = [1 - float(mask.float().mean()) for mask in masks]
+    assert shares == pytest.approx(found.shares, abs=1e-3) and len(shares) == 2
+    assert found.mean == pytest.approx(0.8, abs=0.01)
+
+
+# --- diffusers' backends
+
+
+def fake_rival(backends):
+    """A model of two blocks whose attention backends add an error or fail; what is set is kept."""
+
+    class Rival(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.visual_transformer_blocks = torch.nn.ModuleList(torch.nn.Identity() for _ in range(5))
+            self.backend, self.blocks_run = None, set()
+
+        def set_attention_backend(self, name):
+            if name not in backends:
+                raise RuntimeError(f"{name} is not usable\nmore lines")
+            self.backend = name
+
+    rival = Rival()
+
+    def step():
+        rival.blocks_run.add(len(rival.visual_transformer_blocks))
+        return torch.ones(4) * (1 + backends[rival.backend][1])
+
+    return rival, step
+
+
+def test_the_fastest_exact_backend_of_diffusers_is_taken(monkeypatch):
+    backends = {"native": (3.0, 0), "_native_cudnn": (2.0, 0.001), "_native_flash": (1.0, 0.5), "sage": (0.5, 0)}
+    rival, step = fake_rival(backends)
+    monkeypatch.setattr(rivals, "timed", lambda function, device: (backends[rival.backend][0], 0.0))
+    best, told = rivals.best_backend(rival, step, torch.device("cuda"))
+    assert best == rival.backend == "_native_cudnn"
+    assert rival.blocks_run == {2} and len(rival.visual_transformer_blocks) == 5
+    assert (told["native"], told["_native_cudnn"], told["sage"]) == (3.0, 2.0, 0.5)
+    assert told["_native_flash"].startswith("1.00000 s, but differs by 0.5")
+    assert told["flash"] == "RuntimeError: flash is not usable"
+
+
+def test_backends_that_are_probed_are_those_of_diffusers():
+    attention_dispatch = pytest.importorskip("diffusers.models.attention_dispatch")
+    known = {member.value for member in attention_dispatch.AttentionBackendName}
+    assert set(rivals.BACKENDS) <= known
+
+
+def test_the_rival_can_be_compiled_beside_itself(tmp_path, monkeypatch):
+    diffusers = pytest.importorskip("diffusers")
+    asked = []
+    monkeypatch.setattr(
+        diffusers.Kandinsky5Transformer3DModel, "compile_repeated_blocks", lambda self, *args, **kw: asked.append(self)
+    )
+    (row,) = bench(
+        tmp_path, "--variant", "nano-video", "--stage", "dit", "--frames", "1", "--against", "diffusers",
+        "--compile-rival",
+    )["rows"]  # fmt: skip
+    assert list(row["beside"]) == ["diffusers (native)", "diffusers (native, compiled)"] and len(asked) == 1
+    assert all(other["error"] < 1e-4 for other in row["beside"].values())
 
 
 @pytest.mark.parametrize(
@@ -242,6 +351,11 @@ def test_compiled_blocks_can_be_measured(tmp_path, monkeypatch):
         (["--random-weights", "--vae", "x"], "--random-weights measures without files"),
         (["--stage", "attention", "--tokens", "1000"], "--tokens 1000 is not a multiple of 1024; use 1024"),
         (["--stage", "attention", "--sparsity", "1"], "--sparsity 1.0 must be above 0 and below 1"),
+        (["--stage", "dit", "--attention", "nabla", "--random-weights", "--frames", "5", "--sparsity", "2"],
+         "--sparsity 2.0 must be above 0 and below 1"),
+        (["--attention", "nabla", "--stage", "dit", "--sizes", "256x256x5"],
+         "NABLA's window alone keeps 100% of the blocks"),
+        (["--compile-rival"], "--compile-rival needs a rival: add --against diffusers"),
         (["--plot", "x.txt"], "--plot x.txt is no .png"),
         (["--out", "/nowhere/x.json"], "the folder /nowhere does not exist"),
     ],
@@ -275,6 +389,22 @@ def test_table_has_a_line_for_each_rival_and_no_empty_figures():
     assert lines[2] == "| dit | small | 2 | 5 | 25% | 1.00 GiB | a: 1.00 | 1.00 | 1.0e-06 |"
     assert lines[3] == "|  |  |  |  |  |  | b: 1.00 | 1.00 |  |"
     assert len({line.count("|") for line in lines}) == 1
+
+
+def test_plot_has_time_and_memory_of_every_stage_and_names_what_ran_beside(monkeypatch, tmp_path):
+    figure = pytest.importorskip("matplotlib.figure")
+    saved = []
+    monkeypatch.setattr(figure.Figure, "savefig", lambda self, path, dpi: saved.append(self))
+    beside = {"diffusers (native)": {"seconds": 3.0, "peak_bytes": None}}
+    rows = [{"stage": stage, "what": "256x256, 1 frame", "seconds": 2.0, "peak_bytes": 2**30, "beside": beside}
+            for stage in stages.STAGES]  # fmt: skip
+    report.plot(rows, tmp_path / "x.png")
+    axes = saved[0].axes
+    assert [axis.get_title() for axis in axes] == [f"{s}: {w}" for s in stages.STAGES for w in ("time", "peak memory")]
+    shown = [[text.get_text() for text in axis.texts] for axis in axes[:2]]
+    # A peak that is not known has no bar, and no label.
+    assert shown == [["2 s", "3 s"], ["1 GiB"]]
+    assert [text.get_text() for text in saved[0].legends[0].get_texts()] == ["ours", "diffusers (native)"]
 
 
 def test_sizes_are_read():

@@ -1,6 +1,7 @@
 """Attention engines: probed on a device, chosen by name, refused with the package; masks; batched guidance; compile."""
 
 import json
+from contextlib import contextmanager
 from dataclasses import replace
 from types import MappingProxyType, SimpleNamespace
 
@@ -48,14 +49,14 @@ def random_text(length: int, batch: int = 1) -> TextConditioning:
     )
 
 
-def with_kernels(*names: str) -> Engines:
+def with_kernels(*names: str, capability: int = 9) -> Engines:
     """As probed on a machine that has these."""
 
     def doubled(q, k, v):
         return 2 * dense_attention(q, k, v)
 
     return Engines(
-        device=CUDA, kernels=MappingProxyType(dict.fromkeys(names, doubled)),
+        device=CUDA, kernels=MappingProxyType(dict.fromkeys(names, doubled)), capability=capability,
         problems=MappingProxyType({name: "not installed" for name in ENGINES if name not in names}),
     )
 
@@ -63,48 +64,63 @@ def with_kernels(*names: str) -> Engines:
 # --- probing and choosing
 
 
-def test_cpu_has_sdpa_alone_and_says_why():
+def test_cpu_has_sdpa_and_says_why_not_the_others(monkeypatch):
+    monkeypatch.setattr(engines, "compiled_dense_flex", lambda *args: pytest.fail("compiled unasked"))
     probed = probe_engines("cpu")
     assert not probed.kernels
-    assert set(probed.problems) == set(ENGINES) == set(ENGINE_NAMES) - {"auto", "sdpa"}
+    assert set(probed.problems) == set(ENGINES) - {"flex"} == set(ENGINE_NAMES) - {"auto", "sdpa", "flex"}
     chosen = probed.choose("auto", head_dim=64, dtype=torch.bfloat16)
     assert chosen.name == "sdpa" and chosen.attend is dense_attention
-    assert "flash: needs CUDA, not cpu" in chosen.told
+    assert chosen.told == (
+        "sdpa (flash3: needs CUDA, not cpu; cudnn: needs CUDA, not cpu; flash: needs CUDA, not cpu)"
+    )
     assert probed.choose("sdpa", head_dim=64, dtype=torch.float32).told == "sdpa"
 
 
-@pytest.mark.parametrize("name", ["flash", "flash3", "sage"])
+@pytest.mark.parametrize("name", ["flash", "flash3", "sage", "cudnn", "flex"])
 def test_a_missing_engine_is_refused_with_its_package(name):
     with pytest.raises(ValueError, match=rf"'{name}' cannot be used: not installed \(package: {ENGINES[name].package[:9]}"):
         with_kernels().choose(name, head_dim=64, dtype=torch.bfloat16)
 
 
 def test_unknown_engines_are_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match="'warp' is unknown; use one of auto, sdpa, flash"):
+    with pytest.raises(ValueError, match="'warp' is unknown; use one of auto, sdpa, flash3, cudnn, flash, sage, flex"):
         with_kernels().choose("warp", head_dim=64, dtype=torch.bfloat16)
 
 
 @pytest.mark.parametrize(
-    ("have", "taken", "told"),
+    ("have", "capability", "taken", "told"),
     [
-        (("flash3", "flash", "sage"), "flash3", "flash3"),
-        (("flash", "sage"), "flash", "flash (flash3: not installed)"),
-        (("sage",), "sdpa", "sdpa (flash3: not installed; flash: not installed)"),
+        (("flash3", "cudnn", "flash", "sage", "flex"), 9, "flash3", "flash3"),
+        (("cudnn", "flash", "sage", "flex"), 9, "cudnn", "cudnn (flash3: not installed)"),
+        (("cudnn", "flash"), 12, "cudnn", "cudnn (flash3: not installed)"),
+        (("cudnn", "flash"), 8, "flash",
+         "flash (flash3: not installed; cudnn: taken by itself from compute capability 9 on)"),
+        (("flash", "sage"), 9, "flash", "flash (flash3: not installed; cudnn: not installed)"),
+        (("sage", "flex"), 9, "sdpa", "sdpa (flash3: not installed; cudnn: not installed; flash: not installed)"),
     ],
-)
-def test_auto_takes_the_fastest_exact_engine(have, taken, told):
-    chosen = with_kernels(*have).choose("auto", head_dim=64, dtype=torch.bfloat16)
+)  # fmt: skip
+def test_auto_takes_the_fastest_exact_engine(have, capability, taken, told):
+    chosen = with_kernels(*have, capability=capability).choose("auto", head_dim=64, dtype=torch.bfloat16)
     assert (chosen.name, chosen.told) == (taken, told)
 
 
+def test_an_engine_that_auto_passes_over_can_be_named():
+    assert with_kernels("cudnn", capability=8).choose("cudnn", head_dim=64, dtype=torch.float16).told == "cudnn"
+
+
 def test_engines_are_refused_where_they_have_no_kernel():
-    here = with_kernels("flash", "sage")
+    here = with_kernels("flash", "sage", "cudnn", "flex")
     with pytest.raises(ValueError, match="needs fp16 or bf16, not float32"):
         here.choose("flash", head_dim=64, dtype=torch.float32)
     with pytest.raises(ValueError, match="no kernel for heads of 32"):
         here.choose("sage", head_dim=32, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match="no kernel for heads of 36"):
         here.choose("flash", head_dim=36, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="no kernel for heads of 192"):
+        here.choose("cudnn", head_dim=192, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="needs fp16, bf16 or fp32, not float64"):
+        here.choose("flex", head_dim=64, dtype=torch.float64)
     assert here.choose("auto", head_dim=64, dtype=torch.float32).name == "sdpa"
 
 
@@ -122,7 +138,7 @@ def test_a_broken_package_is_probed_and_named(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     # The few tokens of the probe stay on the CPU: the kernels here are PyTorch's.
     real = engines.probe_error
-    monkeypatch.setattr(engines, "probe_error", lambda kernel, device: real(kernel, "cpu"))
+    monkeypatch.setattr(engines, "probe_error", lambda kernel, device, **sizes: real(kernel, "cpu", **sizes))
 
     def flash_attn_func(q, k, v):
         return dense_attention(*(part.transpose(1, 2) for part in (q, k, v))).transpose(1, 2), "log-sum-exp"
@@ -130,6 +146,7 @@ def test_a_broken_package_is_probed_and_named(monkeypatch):
     modules = {
         "flash_attn": SimpleNamespace(flash_attn_func=flash_attn_func),
         "sageattention": SimpleNamespace(sageattn=lambda q, k, v, tensor_layout, is_causal: torch.zeros_like(q)),
+        "torch.nn.attention": torch.nn.attention,
     }
 
     def import_module(name):
@@ -144,12 +161,49 @@ def test_a_broken_package_is_probed_and_named(monkeypatch):
         "installed, but fails: ImportError: libcudart.so.12: cannot open shared object file"
     )
     assert "installed, but wrong by" in probed.problems["sage"]
+    # On these tensors, which lie on the CPU, cuDNN is no choice of PyTorch's: it is refused, not replaced.
+    assert probed.problems["cudnn"].startswith("installed, but fails: RuntimeError: No ")
+    assert "flex" not in probed.problems and probed.capability == 9
 
 
 def test_a_card_that_is_too_old_is_named(monkeypatch):
     monkeypatch.setattr(engines.importlib.util, "find_spec", lambda name: object())
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    assert probe_engines("cuda").problems == dict.fromkeys(ENGINES, "not made for compute capability 7")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6, 1))
+    assert probe_engines("cuda").problems == dict.fromkeys(ENGINES, "not made for compute capability 6")
+
+
+def test_cudnn_is_the_only_backend_that_its_engine_allows(monkeypatch):
+    allowed = []
+
+    @contextmanager
+    def sdpa_kernel(backends):
+        allowed.append(backends)
+        yield
+
+    module = SimpleNamespace(sdpa_kernel=sdpa_kernel, SDPBackend=torch.nn.attention.SDPBackend)
+    attend = ENGINES["cudnn"].build(module)
+    assert engines.probe_error(attend, "cpu") == 0
+    assert allowed == [torch.nn.attention.SDPBackend.CUDNN_ATTENTION]
+
+
+def test_flex_is_compiled_when_it_is_chosen_and_right_for_every_length():
+    chosen = probe_engines("cpu").choose("flex", head_dim=32, dtype=torch.float32)
+    assert (chosen.name, chosen.told) == ("flex", "flex")
+    with torch.no_grad():
+        for tokens in (13, 700):
+            q, k, v = torch.randn(3, 1, tokens, 2, 32, generator=torch.Generator().manual_seed(tokens)).transpose(2, 3)
+            torch.testing.assert_close(chosen.attend(q, k, v), dense_attention(q, k, v), atol=1e-5, rtol=1e-5)
+        mask = torch.arange(tokens)[None] < 9
+        assert torch.equal(chosen.attend(q, k, v, mask), dense_attention(q, k, v, mask))
+
+
+def test_flex_that_does_not_compile_is_refused_with_the_reason(monkeypatch):
+    def broken(q, k, v):
+        raise RuntimeError("no working C++ compiler")
+
+    monkeypatch.setattr(engines, "compiled_dense_flex", broken)
+    with pytest.raises(ValueError, match="'flex' cannot be used: installed, but fails: RuntimeError: no working C"):
+        probe_engines("cpu").choose("flex", head_dim=64, dtype=torch.float32)
 
 
 def test_probing_sees_a_wrong_kernel():
@@ -345,6 +399,27 @@ def test_static_compilation_does_count_more(dynamo):
     first = dynamo["stats"]["unique_graphs"]
     evaluate(compiled, *SIZES[1])
     assert dynamo["stats"]["unique_graphs"] > first
+
+
+def test_compiled_blocks_call_an_engine_outside_the_graph(dynamo):
+    model, compiled = random_dit(8), random_dit(8)
+    compile_blocks(compiled, backend="aot_eager")
+    calls, graphs = [], []
+
+    def kernel(q, k, v):
+        calls.append(torch.compiler.is_compiling())
+        return dense_attention(q, k, v)
+
+    engine = masks_by_sdpa(kernel)
+    text, timestep = random_text(4), torch.tensor([500.0])
+    for grid in ((3, 2, 2), (1, 8, 10), (5, 3, 8), (2, 4, 4)):
+        latents = torch.randn(1, 9, grid[0], 2 * grid[1], 2 * grid[2])
+        plan = plan_visual(TINY, grid, (1.0, 1.0, 1.0), dense=engine)
+        expected = model(latents, timestep, text, plan_visual(TINY, grid, (1.0, 1.0, 1.0)))
+        torch.testing.assert_close(compiled(latents, timestep, text, plan), expected, atol=1e-4, rtol=1e-4)
+        graphs.append(dynamo["stats"]["unique_graphs"])
+    assert calls == [False] * 12
+    assert graphs[1:] == [graphs[1]] * 3 and graphs[1] <= 6
 
 
 def test_compiled_nabla_stays_outside_the_graph(dynamo):

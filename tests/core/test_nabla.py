@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 
-from kandinsky5_core.attention import flex, gather
+from kandinsky5_core.attention import block_mask, flex, gather
 from kandinsky5_core.attention.block_mask import kept_blocks, mass_mask, window_mask
 from kandinsky5_core.attention.dense import dense_attention
 from kandinsky5_core.attention.gather import gathered_attention
@@ -187,6 +187,14 @@ def test_kept_blocks_lists_the_mask():
     for b, head, row in [(0, 0, 0), (1, 2, 8), (0, 1, 4)]:
         assert indices[b, head, row, : counts[b, head, row]].tolist() == mask[b, head, row].nonzero()[:, 0].tolist()
         assert sorted(indices[b, head, row].tolist()) == list(range(9))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_lists_made_by_counting_are_those_made_by_sorting(share):
+    """The first are taken on accelerators, the second on the CPU."""
+    mask = torch.rand(2, 11, 11, generator=torch.Generator().manual_seed(0)) < share
+    by_rank = block_mask.listed_by_rank(mask)
+    assert by_rank.dtype == torch.int32 and torch.equal(by_rank, block_mask.listed_by_sorting(mask))
 
 
 # --- attention
