@@ -1,0 +1,229 @@
+"""Partial loading, block swap and text encoders in few bits inside ComfyUI (see in_comfyui.py)."""
+
+import importlib
+import shutil
+import sys
+
+import torch
+from pretend_card import plug_in, without_values
+
+PROMPT = "a big red circle moves left on a black background"
+KINDS = ("video", "image")
+
+
+def module(name, path):
+    return importlib.import_module(f"{name}.{path}")
+
+
+def built_in(name, kind):
+    return module(name, "nodes.bridge.folders").built_in(f"built-in: nano-{kind}")
+
+
+def load_clip(name, kind="video", text_weights="default", qwen=None):
+    files = built_in(name, kind)
+    load = module(name, "nodes.bridge.clip").load_clip
+    return load(qwen or files.text_encoder, files.clip, kind, bundled=True, text_weights=text_weights)
+
+
+def picture(size=112, seed=1):
+    return torch.rand(size, size, 3, generator=torch.Generator().manual_seed(seed))
+
+
+def uses_of(clip):
+    """What every use of the encoders gives: a prompt, an edit that looks at a picture, and a written answer."""
+    edit = clip.tokenize("make the circle blue", images=[picture()], task="i2i")
+    given = (clip.tokenize(PROMPT), edit)
+    found = [part for tokens in given for part in clip.encode_from_tokens(tokens, return_pooled=True)]
+    write = importlib.import_module(f"{type(clip).__module__.removesuffix('bridge.clip')}text").written_out
+    return found, write(clip, "a red circle", "t2v", 3, 0.0, 6, None)
+
+
+def same_bits(first, second):
+    return first[1] == second[1] and all(torch.equal(*pair) for pair in zip(first[0], second[0], strict=True))
+
+
+def error(found, expected):
+    return float((found - expected).norm() / expected.norm())
+
+
+def held_at(patcher, share):
+    """The weights as ComfyUI loads them where there is room for that share: it asks the patcher itself from then on."""
+    load = type(patcher).partially_load
+
+    def limited(device, extra_memory=0, force_patch_weights=False):
+        room = int(patcher.model_size() * share) - patcher.loaded_size()
+        return load(patcher, device, min(extra_memory, room), force_patch_weights)
+
+    patcher.partially_load = limited
+
+
+def waiting(patcher):
+    """How many layers wait for their turn, and how many there are."""
+    layers = [part for part in patcher.model.modules() if hasattr(part, "comfy_cast_weights")]
+    return sum(hasattr(part, "prev_comfy_cast_weights") for part in layers), len(layers)
+
+
+def check_default_equals_the_core(name, folder):
+    """The built-in encoders: the bits that the core alone makes, for both families."""
+    core = module(name, "kandinsky5_core.text.encoder")
+    for kind in KINDS:
+        files = built_in(name, kind)
+        plain = core.load_text_encoder(files.text_encoder, files.clip, local_files_only=True, dtype=torch.float32)
+        clip = load_clip(name, kind)
+        task = {"video": "t2v", "image": "t2i"}[kind]
+        expected = plain.encode([PROMPT], task=task, max_tokens=256).trimmed()
+        embeds, pooled = clip.encode_from_tokens(clip.tokenize(PROMPT), return_pooled=True)
+        assert torch.equal(embeds, expected.embeds) and torch.equal(pooled, expected.pooled)
+        if plain.qwen.model.visual is not None:
+            expected = plain.encode(["make it blue"], task="i2i", max_tokens=512, images=[[picture()]]).trimmed()
+            embeds = clip.encode_from_tokens(clip.tokenize("make it blue", images=[picture()], task="i2i"))
+            assert torch.equal(embeds, expected.embeds)
+        print(kind, "vision", plain.qwen.model.visual is not None)
+
+
+def check_text_weights_may_lie_anywhere(name, folder):
+    """With any share of the encoders on a card, what meets in a layer is on the card, and ends there."""
+    card, clip = plug_in(), load_clip(name)
+    clip.patcher.load_device, clip.patcher.pin_weight_to_device = card, lambda key: None
+    model, qwen = clip.cond_stage_model, clip.encoder.qwen
+    with without_values(model):
+        for share in (0.0, 0.3, 0.7, 2.0, 0.0):
+            move_part(clip.patcher, share)
+            model.compute_on(card)
+            places = {part.weight.device.type for part in model.modules() if hasattr(part, "comfy_cast_weights")}
+            assert places == ({"cpu"} if share == 0 else {"cpu", "card"} if share < 1 else {"card"}), (share, places)
+            assert clip.encoder.device == card == clip.encoder.pooled([PROMPT]).device
+            ids = torch.zeros(1, 12, dtype=torch.long, device=card)
+            assert qwen(input_ids=ids, use_cache=False).logits.device == card
+            # In its own forward the windows of a picture follow from values, which are not there.
+            patches = torch.zeros(64, qwen.config.vision_config.patch_size**2 * 6, device=card)
+            tower = qwen.model.visual
+            hidden = tower.patch_embed(patches)
+            for block in tower.blocks:
+                hidden = hidden + block.mlp(block.norm2(block.attn.proj(block.attn.qkv(block.norm1(hidden)).chunk(3, -1)[0])))
+            assert tower.merger(hidden).device == card
+
+
+def move_part(patcher, share):
+    """As much of the weights on the card as the share allows."""
+    room = int(patcher.model_size() * share)
+    patcher.partially_load(patcher.load_device, room - patcher.loaded_size())
+
+
+def check_text_in_parts(name, folder):
+    """Any share loaded, with a LoRA or without: the bits of whole loading, for prompts, pictures and the enhancer."""
+    for text_weights in ("default", "fp8", "int8"):
+        clip = load_clip(name, "image", text_weights)
+        plain = uses_of(clip)
+        assert waiting(clip.patcher)[0] == 0
+        names = dict(clip.cond_stage_model.named_parameters())
+        keys = [key for key in names if key.endswith(("layers.1.mlp.up_proj.weight", "blocks.1.mlp.up_proj.weight", "fc1.weight", "norm1.weight"))]
+        assert len(keys) >= 4
+        torch.manual_seed(0)
+        patches = {key: ("diff", (0.1 * torch.randn(names[key].shape),)) for key in keys}
+        patched = clip.clone()
+        patched.add_patches(patches, 1.0)
+        expected = uses_of(patched)
+        assert error(expected[0][0], plain[0][0]) > 1e-3
+        for share in (0.0, 0.4, 0.8):
+            for some, wanted in ((clip.clone(), plain), (patched.clone(), expected)):
+                held_at(some.patcher, share)
+                found = uses_of(some)
+                count, total = waiting(some.patcher)
+                assert 0 < count < total if share else count == total, (share, count, total)
+                lossless = some.patcher.patches == {} or text_weights == "default"
+                print(text_weights, share, count, total, error(found[0][0], wanted[0][0]), found[1] == wanted[1])
+                # A LoRA on weights in eight bits is rounded into them where they are loaded, and not where they wait.
+                assert same_bits(found, wanted) if lossless else error(found[0][0], wanted[0][0]) < 0.05
+        assert same_bits(uses_of(clip), plain)
+
+
+def quantised(clip):
+    from comfy.quant_ops import QuantizedTensor
+
+    return {key: part for key, part in clip.cond_stage_model.named_parameters() if isinstance(part, QuantizedTensor)}
+
+
+def fp8_copy(name, folder, end, per_row=False):
+    """The built-in encoder with its linear layers in fp8, as ComfyUI's files have them, and how many those are."""
+    from safetensors.torch import load_file, save_file
+
+    source = built_in(name, "image").text_encoder
+    shutil.copytree(source, folder / end)
+    made, count = {}, 0
+    for key, weight in load_file(source / "model.safetensors").items():
+        made[key] = weight.contiguous()
+        if key.endswith("weight") and weight.ndim == 2 and (".layers." in key or ".blocks." in key):
+            scale = weight.float().abs().amax(1) / 448 if per_row else weight.float().abs().max() / 448
+            made[key] = (weight.float() / (scale[:, None] if per_row else scale)).to(torch.float8_e4m3fn)
+            made[key.removesuffix("weight") + end] = scale
+            count += 1
+    save_file(made, folder / end / "model.safetensors")
+    return folder / end, count
+
+
+def check_text_files_in_fp8(name, folder):
+    """They stay in fp8 with their own scales, at most rounded where ComfyUI's layers are, and widen on request."""
+    for end, per_row in (("scale_weight", False), ("weight_scale", True)):
+        path, count = fp8_copy(name, folder, end, per_row)
+        kept, again = (load_clip(name, "image", weights, path) for weights in ("default", "fp8"))
+        wide = load_clip(name, "image", "bf16", path)
+        assert len(quantised(kept)) == len(quantised(again)) == count and not quantised(wide)
+        assert kept.patcher.model_size() < 0.75 * load_clip(name, "image").patcher.model_size()
+        core = module(name, "kandinsky5_core.text.encoder")
+        files = built_in(name, "image")
+        plain = core.load_text_encoder(path, files.clip, local_files_only=True, dtype=torch.float32)
+        for key, weight in quantised(kept).items():
+            expected = plain.qwen.get_parameter(key.removeprefix("qwen."))
+            assert error(weight.dequantize(), expected) < (0.03 if per_row else 1e-6), key
+        expected = plain.encode([PROMPT], task="t2i", max_tokens=512).trimmed().embeds
+        found = kept.encode_from_tokens(kept.tokenize(PROMPT))
+        print(end, "kept, to the widened core", error(found, expected))
+        assert error(found, expected) < (0.05 if per_row else 1e-5)
+        assert torch.equal(again.encode_from_tokens(again.tokenize(PROMPT)), found)
+        assert error(wide.encode_from_tokens(wide.tokenize(PROMPT)), expected) < 0.05
+
+
+def check_text_in_few_bits(name, folder):
+    """fp8 and int8: the language model's layers, near the plain encoder; unknown words are refused."""
+    plain = load_clip(name)
+    expected, size = plain.encode_from_tokens(plain.tokenize(PROMPT)), plain.patcher.model_size()
+    for text_weights, bound in (("fp8", 0.06), ("int8", 0.02)):
+        clip = load_clip(name, text_weights=text_weights)
+        assert all(".language_model.layers." in key for key in quantised(clip)) and len(quantised(clip)) >= 14
+        found = clip.encode_from_tokens(clip.tokenize(PROMPT))
+        print(text_weights, error(found, expected), clip.patcher.model_size() / size)
+        assert 0 < error(found, expected) < bound and clip.patcher.model_size() < size
+    try:
+        load_clip(name, text_weights="int3")
+    except ValueError as problem:
+        assert "int3" in str(problem) and "nf4" in str(problem)
+    else:
+        raise AssertionError("an unknown word was taken")
+
+
+def check_text_in_nf4(name, folder):
+    """bitsandbytes' layers, which are moved whole; without the package the error names it."""
+    try:
+        load_clip(name, text_weights="nf4")
+    except ValueError as problem:
+        assert "bitsandbytes" in str(problem)
+    else:
+        raise AssertionError("this check wants a ComfyUI without bitsandbytes")
+    library = folder / "bitsandbytes"
+    if not library.is_dir():
+        print("no bitsandbytes was given")
+        return
+    sys.path.append(str(folder))
+    plain, clip = load_clip(name), load_clip(name, text_weights="nf4")
+    expected = plain.encode_from_tokens(plain.tokenize(PROMPT))
+    found = clip.encode_from_tokens(clip.tokenize(PROMPT))
+    assert clip.whole and type(clip.clone().patcher) is type(clip.patcher) and clip.clone().whole
+    print("nf4", error(found, expected), clip.patcher.model_size() / plain.patcher.model_size())
+    assert 0 < error(found, expected) < 0.2
+    import comfy.model_management
+
+    comfy.model_management.unload_all_models()
+    again = clip.encode_from_tokens(clip.tokenize(PROMPT))
+    print("again", error(again, found))
+    assert error(again, found) < 1e-2  # its products on the CPU depend on how often it ran
