@@ -100,7 +100,8 @@ def check_text_weights_may_lie_anywhere(name, folder):
             tower = qwen.model.visual
             hidden = tower.patch_embed(patches)
             for block in tower.blocks:
-                hidden = hidden + block.mlp(block.norm2(block.attn.proj(block.attn.qkv(block.norm1(hidden)).chunk(3, -1)[0])))
+                query, *_ = block.attn.qkv(block.norm1(hidden)).chunk(3, dim=-1)
+                hidden = hidden + block.mlp(block.norm2(block.attn.proj(query)))
             assert tower.merger(hidden).device == card
 
 
@@ -117,7 +118,8 @@ def check_text_in_parts(name, folder):
         plain = uses_of(clip)
         assert waiting(clip.patcher)[0] == 0
         names = dict(clip.cond_stage_model.named_parameters())
-        keys = [key for key in names if key.endswith(("layers.1.mlp.up_proj.weight", "blocks.1.mlp.up_proj.weight", "fc1.weight", "norm1.weight"))]
+        ends = ("layers.1.mlp.up_proj.weight", "blocks.1.mlp.up_proj.weight", "fc1.weight", "norm1.weight")
+        keys = [key for key in names if key.endswith(ends)]
         assert len(keys) >= 4
         torch.manual_seed(0)
         patches = {key: ("diff", (0.1 * torch.randn(names[key].shape),)) for key in keys}
@@ -225,5 +227,150 @@ def check_text_in_nf4(name, folder):
 
     comfy.model_management.unload_all_models()
     again = clip.encode_from_tokens(clip.tokenize(PROMPT))
-    print("again", error(again, found))
-    assert error(again, found) < 1e-2  # its products on the CPU depend on how often it ran
+    # On CPUs bitsandbytes packs weights anew for the product, and back whenever ComfyUI counts them, with roundings.
+    assert error(again, found) < 0.01
+
+
+def sampled(model, conditioning, steps=4):
+    import nodes
+
+    latent = {"samples": torch.zeros(1, 16, 5, 8, 8)}
+    (made,) = nodes.KSampler().sample(model, 7, steps, 3.0, "euler", "simple", *conditioning, latent)
+    return made["samples"]
+
+
+def load_dit(name, weight_dtype="fp32"):
+    return module(name, "nodes.load").open_dit("built-in: nano-video", "auto", weight_dtype)[0]
+
+
+def conditioning_of(name):
+    import nodes
+
+    clip = load_clip(name)
+    return [nodes.CLIPTextEncode().encode(clip, text)[0] for text in (PROMPT, "")]
+
+
+def with_lora(model, strength=1.0):
+    keys = [f"diffusion_model.visual_transformer_blocks.{index}.feed_forward.in_layer.weight" for index in (0, 3)]
+    torch.manual_seed(0)
+    shapes = {key: model.model.state_dict()[key].shape for key in keys}
+    made = model.clone()
+    made.add_patches({key: ("diff", (0.1 * torch.randn(shape),)) for key, shape in shapes.items()}, strength)
+    return made
+
+
+def check_block_swap(name, folder):
+    """Any number of blocks: the same bits, no more loaded than is left, with LoRAs, NABLA, step cache and cancelling."""
+    import comfy.model_management
+
+    swap = module(name, "nodes.bridge.block_swap").swap_blocks
+    nabla = module(name, "nodes.bridge.attention").patch_attention
+    cached = importlib.import_module(f"{name}.nodes.bridge.step_cache").patch_step_cache
+    settings = module(name, "kandinsky5_core.sampling.step_cache").MagSettings(threshold=0.1, max_skip=2, retain=0.2)
+    ways = {
+        "plain": lambda model: model,
+        "LoRA": with_lora,
+        "NABLA": lambda model: nabla(model, "nabla", 0.5, (1, 1, 1)),
+        "step cache": lambda model: cached(model, "magcache", settings, "auto", print)[0],
+    }
+    model, conditioning = load_dit(name), conditioning_of(name)
+    size = model.model_size()
+    block = comfy.model_management.module_size(model.model.diffusion_model.visual_transformer_blocks[0])
+    expected = {way: sampled(make(model), conditioning, 8) for way, make in ways.items()}
+    assert len({tuple(made.flatten()[:9].tolist()) for made in expected.values()}) == len(ways)
+    for way, make in ways.items():
+        for count, some in ((2, make(swap(model, 2))), (5, swap(make(model), 5))):
+            assert torch.equal(sampled(some, conditioning, 8), expected[way]), (count, way)
+            assert 0 < waiting(some)[0] and some.loaded_size() <= size - count * block, (count, way)
+    swapped = swap(model, 5)
+    comfy.model_management.interrupt_current_processing(True)
+    try:
+        sampled(swapped, conditioning, 8)
+    except comfy.model_management.InterruptProcessingException:
+        pass
+    else:
+        raise AssertionError("a cancelled run went on")
+    assert torch.equal(sampled(swapped, conditioning, 8), expected["plain"])
+    assert torch.equal(sampled(swap(swapped, 0), conditioning, 8), expected["plain"])
+    assert waiting(swapped)[0] == 0 and model.loaded_size() == size
+    # What is loaded whole gives back what is over the limit.
+    assert torch.equal(sampled(swap(model, 4), conditioning, 8), expected["plain"])
+    assert model.loaded_size() <= size - 4 * block
+    for count in (-1, 6):
+        try:
+            swap(model, count)
+        except ValueError as problem:
+            assert "use 0 to 5" in str(problem)
+        else:
+            raise AssertionError("a number of blocks that the model lacks was taken")
+
+
+def check_block_swap_in_eight_bits(name, folder):
+    """Quantised weights wait, too; a LoRA on those that wait is not rounded to eight bits, so it may differ a little."""
+    swap = module(name, "nodes.bridge.block_swap").swap_blocks
+    conditioning = conditioning_of(name)
+    for weight_dtype in ("fp8_e4m3fn", "int8", "int8_fast"):
+        model = load_dit(name, weight_dtype)
+        assert torch.equal(sampled(swap(model, 4), conditioning), sampled(model, conditioning))
+        expected = sampled(with_lora(model), conditioning)
+        found = sampled(with_lora(swap(model, 4)), conditioning)
+        print(weight_dtype, "LoRA", error(found, expected))
+        assert error(found, expected) < 0.1
+
+
+def check_dit_may_lie_anywhere(name, folder):
+    """With blocks swapped on a card, what meets in a layer is on the card."""
+    card = plug_in()
+    swap = module(name, "nodes.bridge.block_swap").swap_blocks
+    model = load_dit(name)
+    model.load_device = card
+    dit = model.model.diffusion_model
+    # Whether a row is padded is read from the mask, which has no values here.
+    module(name, "kandinsky5_core.conditioning").TextConditioning.is_full = lambda text: True
+    for count in (0, 2, 5):
+        made = swap(with_lora(model), count)
+        made.pin_weight_to_device = lambda key: None
+        with without_values(made.model):
+            made.partially_load(card, 1e32)
+            places = [part.weight.device.type for part in dit.modules() if hasattr(part, "comfy_cast_weights")]
+            assert ("cpu" in places) == (count > 0) and "card" in places, (count, places)
+            text, pooled = torch.zeros(1, 7, dit.config.in_text_dim), torch.zeros(1, dit.config.in_text_dim2)
+            given = [part.to(card) for part in (torch.zeros(1, 16, 5, 8, 8), torch.full((1,), 500.0), text, pooled)]
+            assert dit(*given).device == card
+            made.detach()
+
+
+def check_dynamic_vram_is_left_alone(name, folder):
+    """A MODEL under ComfyUI's dynamic VRAM goes through as it is, and the log says so."""
+    import comfy.model_patcher
+
+    class Dynamic(comfy.model_patcher.ModelPatcher):
+        """Says that it is one; a real one needs a card."""
+
+        def is_dynamic(self):
+            return True
+
+    told = []
+    log = module(name, "nodes.bridge.block_swap").log
+    log.info = lambda text, *values: told.append(text % values if values else text)
+    model = load_dit(name)
+    model.__class__ = Dynamic
+    made = module(name, "nodes.bridge.block_swap").swap_blocks(model, 3)
+    assert type(made) is Dynamic and made is not model and "dynamic VRAM" in told[0]
+    made.partially_load(made.load_device, 1e32)
+    assert made.loaded_size() == made.model_size()
+
+
+def check_loaders_with_dynamic_vram(name, folder):
+    """Where ComfyUI makes its layers without weights, ours load all the same, with the same result."""
+    import comfy.memory_management
+
+    conditioning = conditioning_of(name)
+    expected = {kind: sampled(load_dit(name, kind), conditioning) for kind in ("fp32", "int8")}
+    comfy.memory_management.aimdo_enabled = True
+    for kind, wanted in expected.items():
+        assert torch.equal(sampled(load_dit(name, kind), conditioning), wanted)
+    assert all(torch.equal(*pair) for pair in zip(
+        [part[0][0] for part in conditioning_of(name)], [part[0][0] for part in conditioning], strict=True
+    ))  # fmt: skip
+    assert len(load_dit(name).model.diffusion_model.state_dict()) > 100

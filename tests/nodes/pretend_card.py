@@ -27,6 +27,7 @@ class _Module:
     _is_in_bad_fork = staticmethod(lambda: False)
     current_device = staticmethod(lambda: 0)
     device_count = staticmethod(lambda: 1)
+    get_amp_supported_dtype = staticmethod(lambda: [torch.float16, torch.bfloat16])
 
 
 def plug_in() -> torch.device:

@@ -1,4 +1,4 @@
-"""fp8 weights of our MODEL inside ComfyUI (see in_comfyui.py)."""
+"""Weights of our MODEL in eight bits inside ComfyUI (see in_comfyui.py)."""
 
 import importlib
 
@@ -38,14 +38,15 @@ def quantised(model):
     return {name: weight for name, weight in weights.items() if isinstance(weight, QuantizedTensor)}
 
 
-def check_fp8_of_our_loader(name, folder):
-    """The loader's choices: blocks in fp8, near the fp32 result, and a LoRA works on them."""
+def check_choices_of_our_loader(name, folder):
+    """The loader's choices: blocks in eight bits, near the fp32 result, and a LoRA works on them."""
     load, files = module(name, "nodes.load"), module(name, "nodes.bridge.folders").built_in("built-in: nano-video")
     conditioning = conditioning_of(name, files)
     plain, _, _ = load.open_dit("built-in: nano-video", "auto", "fp32")
     expected = sampled(plain, conditioning)
     layer = "visual_transformer_blocks.1.feed_forward.in_layer.weight"
-    for choice, bound in (("fp8_e4m3fn", 0.15), ("fp8_e4m3fn_fast", 0.15), ("fp8_e5m2", 0.3)):
+    bounds = {"fp8_e4m3fn": 0.15, "fp8_e4m3fn_fast": 0.15, "fp8_e5m2": 0.3, "int8": 0.05, "int8_fast": 0.1}
+    for choice, bound in bounds.items():
         model, _, _ = load.open_dit("built-in: nano-video", "auto", choice)
         found = sampled(model, conditioning)
         print(choice, error(found, expected))
