@@ -374,3 +374,21 @@ def check_loaders_with_dynamic_vram(name, folder):
         [part[0][0] for part in conditioning_of(name)], [part[0][0] for part in conditioning], strict=True
     ))  # fmt: skip
     assert len(load_dit(name).model.diffusion_model.state_dict()) > 100
+
+
+def check_older_comfyui(name, folder):
+    """Without ComfyUI's quantised layers: the choices say so, and 'default' widens a file's fp8."""
+    path, _ = fp8_copy(name, folder, "scale_weight")
+    wide = load_clip(name, "image", "bf16", path)
+    bridge = module(name, "nodes.bridge.quantised")
+    bridge.quant_ops = None
+    for load in (lambda: load_dit(name, "int8"), lambda: load_clip(name, text_weights="fp8")):
+        try:
+            load()
+        except ValueError as problem:
+            assert "update ComfyUI" in str(problem)
+        else:
+            raise AssertionError("a format that is not there was taken")
+    clip = load_clip(name, "image", "default", path)
+    assert not quantised(clip) and not quantised(wide)
+    assert error(*(some.encode_from_tokens(some.tokenize(PROMPT)) for some in (clip, wide))) < 0.05

@@ -16,6 +16,11 @@ SCRIPT = Path(__file__).parent / "in_comfyui.py"
      "quantised_checks.choices_of_our_loader", "quantised_checks.fp8_files", "vae_budget"],
 )
 def test_in_comfyui(comfyui, check, tmp_path):
+    run_check(comfyui, check, tmp_path)
+
+
+def run_check(comfyui, check, tmp_path):
+    """One check of `checks.py`, or of another file, in a process of ComfyUI's Python."""
     done = subprocess.run(
         [comfyui_python(comfyui), str(SCRIPT), str(comfyui), str(PACK), check, str(tmp_path)],
         capture_output=True,
