@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from ...kandinsky5_core.conditioning import TextConditioning
 from ...kandinsky5_core.memory.quantized_text import text_quantiser
 from ...kandinsky5_core.text.encoder import TextEncoder, load_text_encoder
-from ...kandinsky5_core.text.loading import KeepFp8, Quantise
-from ...kandinsky5_core.weights.scaled_fp8 import FP8
+from ...kandinsky5_core.text.loading import KeepStored, Quantise
+from ...kandinsky5_core.weights.container import DTYPES
+from ...kandinsky5_core.weights.scaled_fp8 import SCALED
 from ...kandinsky5_core.weights.source import open_source
 from .layers import PartlyCastable, make_castable
 from .quantised import check_format, kept_or_again, knows, quantise, quantised_layer, quantised_ops
@@ -182,7 +183,7 @@ def load_clip(
         ValueError: a file does not fit, or what `text_weights` needs is not installed.
     """
     dtype = torch.float32 if bundled and text_weights != "bf16" else released_dtype()
-    change, keep = text_layers(text_weights, dtype, has_fp8(qwen))
+    change, keep = text_layers(text_weights, dtype, stored_as(qwen))
     encoder = load_text_encoder(
         qwen,
         clip,
@@ -192,26 +193,32 @@ def load_clip(
         local_files_only=True,
         dtype=dtype,
         quantise=change,
-        keep_fp8=keep,
+        keep_stored=keep,
     )
     return K5CLIP(encoder, kind, whole=text_weights == NF4)
 
 
-def text_layers(text_weights: str, dtype: torch.dtype, file_is_fp8: bool) -> tuple[Quantise | None, KeepFp8 | None]:
-    """What Qwen's linear layers become as they are read: those of the language model, and those that are fp8 in the file.
+def text_layers(
+    text_weights: str, dtype: torch.dtype, in_file: torch.dtype | None
+) -> tuple[Quantise | None, KeepStored | None]:
+    """What Qwen's linear layers become as they are read: those of the language model, and those that are in eight bits
+    in the file.
+
+    Args:
+        in_file: The eight-bit dtype of the language model's layers in the file, if they have one.
 
     Raises:
         ValueError: unknown word, or what it needs is not installed.
     """
     if text_weights not in TEXT_WEIGHTS:
         raise ValueError(f"text_weights '{text_weights}' is unknown; use one of {', '.join(TEXT_WEIGHTS)}")
-    if text_weights == "bf16" or (text_weights == DEFAULT and not file_is_fp8):
+    if text_weights == "bf16" or (text_weights == DEFAULT and in_file is None):
         return None, None
     if text_weights == NF4:
         return text_quantiser(NF4), None
-    stored = torch.int8 if text_weights == "int8" else torch.float8_e4m3fn
+    stored = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}.get(text_weights, in_file)
     if text_weights == DEFAULT and not knows(stored):
-        log.warning("Kandinsky 5: this ComfyUI has no layers for fp8 weights; the text encoder is kept in %s", dtype)
+        log.warning("Kandinsky 5: this ComfyUI has no layers for %s; the text encoder is kept in %s", stored, dtype)
         return None, None
     check_format(stored)
     ops = quantised_ops(stored, dtype)
@@ -222,13 +229,13 @@ def text_layers(text_weights: str, dtype: torch.dtype, file_is_fp8: bool) -> tup
     def change(layer: nn.Linear) -> nn.Module:
         return quantised_layer(ops, layer, *quantise(layer.weight, stored))
 
-    as_it_is = text_weights == DEFAULT or (text_weights == "fp8" and file_is_fp8)
-    return None if as_it_is else change, keep
+    return None if stored == in_file else change, keep
 
 
-def has_fp8(qwen: Path) -> bool:
-    """Whether the layers of the language model are fp8 in the file."""
-    return any(record.dtype in FP8 for name, record in open_source(qwen).tensors.items() if ".layers." in name)
+def stored_as(qwen: Path) -> torch.dtype | None:
+    """The eight-bit dtype that the language model's layers have in the file; None where they have another."""
+    records = [record for name, record in open_source(qwen).tensors.items() if ".layers." in name]
+    return next((DTYPES[record.dtype][1] for record in records if record.dtype in SCALED), None)
 
 
 def released_dtype() -> torch.dtype:

@@ -95,3 +95,33 @@ def check_fp8_files(name, folder):
         # Rotary embeddings are rounded to bf16, so one different bit grows to a thousandth.
         alike = load_model(path, files.variant, kept.model.diffusion_model.dtype)
         assert error(sampled(kept, conditioning), sampled(alike, conditioning)) < 1e-2
+
+
+def check_int8_files(name, folder):
+    """What ComfyUI saves of an int8 model loads as it is, gives the same bits, and is dequantised on request."""
+    from safetensors.torch import load_file, save_file
+
+    files = module(name, "nodes.bridge.folders").built_in("built-in: nano-video")
+    load_model, conditioning = module(name, "nodes.bridge.model").load_model, conditioning_of(name, files)
+    made = load_model(files.dit, files.variant, torch.int8)
+    state = made.model.diffusion_model.state_dict()
+    save_file({key: part.contiguous() for key, part in state.items()}, folder / "int8.safetensors")
+    stored = load_file(folder / "int8.safetensors")
+    layer = "visual_transformer_blocks.1.feed_forward.in_layer."
+    assert stored[f"{layer}weight"].dtype == torch.int8
+    assert stored[f"{layer}weight_scale"].shape == (stored[f"{layer}weight"].shape[0], 1)
+    kept, wide = (load_model(folder / "int8.safetensors", files.variant, dtype) for dtype in (None, torch.float32))
+    assert quantised(kept).keys() == quantised(made).keys() and not quantised(wide)
+    expected = sampled(made, conditioning)
+    assert torch.equal(sampled(kept, conditioning), expected)
+    print("widened", error(sampled(wide, conditioning), expected))
+    assert error(sampled(wide, conditioning), expected) < 1e-2
+    # The rows may also be rotated, which the core does not undo.
+    mark = torch.tensor(list(b'{"format": "int8_tensorwise", "convrot": true}'), dtype=torch.uint8)
+    save_file({**stored, f"{layer}comfy_quant": mark}, folder / "rotated.safetensors")
+    try:
+        load_model(folder / "rotated.safetensors", files.variant)
+    except ValueError as problem:
+        assert "convrot" in str(problem)
+    else:
+        raise AssertionError("rotated rows were taken for plain ones")

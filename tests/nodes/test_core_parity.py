@@ -13,7 +13,8 @@ SCRIPT = Path(__file__).parent / "in_comfyui.py"
 @pytest.mark.parametrize(
     "check",
     ["parity", "image_to_video", "grey_masks", "native_nabla", "merge_and_save", "lora_formats", "missing_package",
-     "quantised_checks.choices_of_our_loader", "quantised_checks.fp8_files", "vae_budget"],
+     "quantised_checks.choices_of_our_loader", "quantised_checks.fp8_files", "quantised_checks.int8_files",
+     "vae_budget"],
 )
 def test_in_comfyui(comfyui, check, tmp_path):
     run_check(comfyui, check, tmp_path)

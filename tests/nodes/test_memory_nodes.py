@@ -1,9 +1,11 @@
 """Weights in few bits, partial loading and block swap, in ComfyUI's Python and in a running ComfyUI."""
 
 import importlib.util
+import io
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from tests.nodes.test_core_parity import run_check
 from tests.nodes.test_workflows import BASE, ksampler
@@ -38,7 +40,8 @@ def pictures(comfy, info, loader, blocks):
         "6": ksampler(["9", 0], steps=4),
     }
     run = comfy.run(filled(flow, info))
-    return [comfy.view(image) for image in run.outputs["8"]["images"]]
+    views = [comfy.view(image) for image in run.outputs["8"]["images"]]
+    return [Image.open(io.BytesIO(view)).tobytes() for view in views]  # the files hold the workflow, too
 
 
 def test_block_swap_and_weights_over_http(comfy, info):
