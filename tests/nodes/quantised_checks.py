@@ -98,7 +98,7 @@ def check_fp8_files(name, folder):
 
 
 def check_int8_files(name, folder):
-    """What ComfyUI saves of an int8 model loads as it is, gives the same bits, and is dequantised on request."""
+    """What ComfyUI saves of an int8 model loads as it is, and is dequantised on request."""
     from safetensors.torch import load_file, save_file
 
     files = module(name, "nodes.bridge.folders").built_in("built-in: nano-video")
@@ -112,10 +112,13 @@ def check_int8_files(name, folder):
     assert stored[f"{layer}weight_scale"].shape == (stored[f"{layer}weight"].shape[0], 1)
     kept, wide = (load_model(folder / "int8.safetensors", files.variant, dtype) for dtype in (None, torch.float32))
     assert quantised(kept).keys() == quantised(made).keys() and not quantised(wide)
+    weights, rest = quantised(kept), dict(kept.model.diffusion_model.named_parameters())
+    for key, weight in made.model.diffusion_model.named_parameters():
+        assert torch.equal(weight.dequantize(), weights[key].dequantize()) if key in weights else torch.equal(weight, rest[key])
+    # Sums of products depend on where in memory the weights begin, and one different bit grows to a thousandth.
     expected = sampled(made, conditioning)
-    assert torch.equal(sampled(kept, conditioning), expected)
-    print("widened", error(sampled(wide, conditioning), expected))
-    assert error(sampled(wide, conditioning), expected) < 1e-2
+    for some in (kept, wide):
+        assert error(sampled(some, conditioning), expected) < 1e-2
     # The rows may also be rotated, which the core does not undo.
     mark = torch.tensor(list(b'{"format": "int8_tensorwise", "convrot": true}'), dtype=torch.uint8)
     save_file({**stored, f"{layer}comfy_quant": mark}, folder / "rotated.safetensors")
