@@ -12,6 +12,7 @@ import comfy.ops
 import torch
 from torch import Tensor, nn
 
+from ...kandinsky5_core.memory.peak import give_back_freed
 from ...kandinsky5_core.memory.quantized import is_block_weight
 from ...kandinsky5_core.weights.container import TensorRecord
 from ...kandinsky5_core.weights.detect import Identified
@@ -68,6 +69,7 @@ def fill_quantised(
             weight, factor = kept_or_again(as_they_are[name], scale)
         else:
             weight, factor = quantise(_wide(name, record, scale), stored)
+            give_back_freed()  # the wide copies lie between the small ones that stay
         state |= layer_state(weight, factor, name.removesuffix("weight"))
     dit.load_state_dict(state, assign=True)
     return dit
