@@ -65,7 +65,7 @@ def write_fp8(source: Path, target: Path) -> None:
     made = {"scaled_fp8": torch.empty(0, dtype=torch.float8_e4m3fn)}
     for name, weight in load_file(source).items():
         made[name] = weight
-        if ".layers." in name and weight.ndim == 2:
+        if "layers." in name and weight.ndim == 2:
             scale = weight.float().abs().max() / 448
             made[name] = (weight.float() / scale).to(torch.float8_e4m3fn)
             made[name.removesuffix("weight") + "scale_weight"] = scale

@@ -234,7 +234,8 @@ def text_layers(
 
 def stored_as(qwen: Path) -> torch.dtype | None:
     """The eight-bit dtype that the language model's layers have in the file; None where they have another."""
-    records = [record for name, record in open_source(qwen).tensors.items() if ".layers." in name]
+    # Some files name them without anything before 'layers'.
+    records = [record for name, record in open_source(qwen).tensors.items() if ".layers." in f".{name}"]
     return next((DTYPES[record.dtype][1] for record in records if record.dtype in SCALED), None)
 
 

@@ -146,7 +146,7 @@ def quantised(clip):
     return {key: part for key, part in clip.cond_stage_model.named_parameters() if isinstance(part, QuantizedTensor)}
 
 
-def fp8_copy(name, folder, end, per_row=False):
+def fp8_copy(name, folder, end, per_row=False, bare=False):
     """The built-in encoder with its linear layers in fp8, as ComfyUI's files have them, and how many those are."""
     from safetensors.torch import load_file, save_file
 
@@ -160,6 +160,10 @@ def fp8_copy(name, folder, end, per_row=False):
             made[key] = (weight.float() / (scale[:, None] if per_row else scale)).to(torch.float8_e4m3fn)
             made[key.removesuffix("weight") + end] = scale
             count += 1
+    if bare:
+        ends = {"model.language_model.": "", "model.visual.": "visual."}
+        for old, new in ends.items():
+            made = {key.replace(old, new): part for key, part in made.items()}
     save_file(made, folder / end / "model.safetensors")
     return folder / end, count
 
@@ -167,7 +171,7 @@ def fp8_copy(name, folder, end, per_row=False):
 def check_text_files_in_fp8(name, folder):
     """They stay in fp8 with their own scales, at most rounded where ComfyUI's layers are, and widen on request."""
     for end, per_row in (("scale_weight", False), ("weight_scale", True)):
-        path, count = fp8_copy(name, folder, end, per_row)
+        path, count = fp8_copy(name, folder, end, per_row, bare=per_row)
         kept, again = (load_clip(name, "image", weights, path) for weights in ("default", "fp8"))
         wide = load_clip(name, "image", "bf16", path)
         assert len(quantised(kept)) == len(quantised(again)) == count and not quantised(wide)
