@@ -63,6 +63,17 @@ def trained() -> str:
     return markdown(("variant", "what moves", "GiB", "report's formula (2)"), rows)
 
 
+_NODES = markdown(
+    ("here", "in ComfyUI"),
+    (
+        ("`--weights fp8`, `int8`", "*weight_dtype* `fp8_e4m3fn`, `int8` of Load Kandinsky 5 Model and of (all)"),
+        ("`--text-weights int8`, `nf4`", "*text_weights* of Load Kandinsky 5 Text Encoders and of (all)"),
+        ("`--swap-blocks N`", "*blocks* of Kandinsky 5 Block Swap"),
+        ("`--vae-budget N`", "*tile_budget* of Kandinsky 5 Decode Video"),
+        ("`--offload`", "ComfyUI's own; `--reserve-vram` and `--lowvram` steer it"),
+        ("`--batch-guidance`", "ComfyUI's own"),
+    ),
+)
 _HEAD = """
 # Memory: which setting for which card
 
@@ -73,7 +84,12 @@ For your own size, or with little CPU memory, ask it (it loads nothing):
     kandinsky5 plan --variant pro-t2v-5s-sft --budget 24 --cpu-memory 32
     kandinsky5 plan --train job.json
 
-In ComfyUI the node *Kandinsky 5 Memory Plan* says the same; there ComfyUI's own memory management moves the networks.
+In ComfyUI the node *Kandinsky 5 Memory Plan* says the same, and ComfyUI's own memory management moves the networks.
+There the settings are inputs of nodes:
+
+NODES
+
+What they save and cost there is in `benchmarks/README.md` under "In ComfyUI".
 
 It changes as little as it can, in this order, and only in the stages that are too large: networks wait on the CPU,
 guidance in two passes, a smaller VAE budget (these change no result but for rounding and the VAE's tiles), the text
@@ -82,7 +98,7 @@ encoder in int8, then NF4, blocks swapped from CPU memory (slower, the same resu
 "device" and "CPU" are the largest need of any stage. Of each card RESERVED stay free, for the driver, libraries and
 what the allocator cannot use in one piece; of a desktop's card less is free than its name says: give `--budget` what
 is.
-""".replace("RESERVED", f"{RESERVE_BYTES / GIB:g} GiB and {100 * RESERVE_SHARE:g} %")
+""".replace("NODES", _NODES).replace("RESERVED", f"{RESERVE_BYTES / GIB:g} GiB and {100 * RESERVE_SHARE:g} %")
 _CHECKED = """
 ## How far to trust it
 

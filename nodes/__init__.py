@@ -15,7 +15,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "edit": ("K5EditConditioning", "K5Inpaint", "K5PasteBack"),
     "sample": ("K5Sample", "K5Schedule", "K5Shift"),
     "decode": ("K5DecodeVideo",),
-    "optimize": ("K5Attention",),
+    "optimize": ("K5Attention", "K5BlockSwap"),
     "plan": ("K5Plan",),
     "step_cache": ("K5StepCache",),
     "lora": ("K5LoadLora",),

@@ -9,7 +9,7 @@ from typing import Any
 from comfy_api.latest import io, ui
 
 from ..kandinsky5_core.config import Variant
-from .bridge.clip import K5CLIP, load_clip
+from .bridge.clip import DEFAULT, K5CLIP, TEXT_WEIGHTS, load_clip
 from .bridge.folders import AUTO, built_in, choices, doubt, find_auto, path_of, pick_variant, variant_choices
 from .bridge.info import describe_file, describe_model
 from .bridge.model import load_model
@@ -18,7 +18,7 @@ from .bridge.vae import K5VAE, load_vae
 log = logging.getLogger(__name__)
 
 CATEGORY = "Kandinsky 5/load"
-DTYPES = ("default", "fp32", "bf16", "fp16", "fp8_e4m3fn", "fp8_e4m3fn_fast", "fp8_e5m2")
+DTYPES = ("default", "fp32", "bf16", "fp16", "fp8_e4m3fn", "fp8_e4m3fn_fast", "fp8_e5m2", "int8", "int8_fast")
 MODEL_TIP = (
     "A Kandinsky 5 file of models/diffusion_models in any layout, or a built-in Nano model that needs no download."
 )
@@ -47,7 +47,21 @@ def _dtype_input() -> io.Input:
         optional=True,
         advanced=True,
         tooltip="Precision of the weights in memory. 'default' keeps a file's fp8 and else lets ComfyUI choose for your "
-        "card; fp8 halves the blocks of a bf16 file; fast also multiplies in fp8, where the card can.",
+        "card; fp8 and int8 halve the blocks of a bf16 file, int8 with half of fp8's error; fast also multiplies in "
+        "eight bits, where the card can.",
+    )
+
+
+def _text_weights_input() -> io.Input:
+    return io.Combo.Input(
+        "text_weights",
+        options=list(TEXT_WEIGHTS),
+        default=DEFAULT,
+        optional=True,
+        advanced=True,
+        tooltip="How Qwen2.5-VL 7B is kept in memory. 'default': as its file is, 10 GB of an fp8 file and 17 of "
+        "another. bf16: 17 GB. fp8 and int8: 10 GB, int8 more exact. nf4: 8 GB, coarser; it needs the "
+        "package bitsandbytes and is moved to the card whole. ComfyUI brings in layer by layer what does not fit.",
     )
 
 
@@ -57,7 +71,7 @@ def open_dit(model_name: str, variant: str, weight_dtype: str) -> tuple[Any, Var
 
     from ..kandinsky5_core.loading import DTYPES as TORCH_DTYPES
 
-    dtypes = {**TORCH_DTYPES, "fp8_e4m3fn": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
+    dtypes = {**TORCH_DTYPES, "fp8_e4m3fn": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2, "int8": torch.int8}
     fast = weight_dtype.endswith("_fast")
     files = built_in(model_name)
     path = path_of("diffusion_models", model_name) if files is None else files.dit
@@ -70,14 +84,16 @@ def open_dit(model_name: str, variant: str, weight_dtype: str) -> tuple[Any, Var
     return model, row, "\n".join(filter(None, (describe_model(row), told)))
 
 
-def open_clip(text_encoder: str, clip_name: str, kind: str) -> K5CLIP:
+def open_clip(text_encoder: str, clip_name: str, kind: str, text_weights: str = DEFAULT) -> K5CLIP:
     """Both text encoders; a built-in choice brings both."""
     files = built_in(text_encoder)
     if files is not None:
-        return load_clip(files.text_encoder, files.clip, kind_of(files.variant), bundled=True)
+        kind = kind_of(files.variant)
+        return load_clip(files.text_encoder, files.clip, kind, bundled=True, text_weights=text_weights)
     if built_in(clip_name) is not None:
         raise ValueError(f"clip_name '{clip_name}' is built in and text_encoder is a file; choose both of one family")
-    return load_clip(path_of("text_encoders", text_encoder), path_of("text_encoders", clip_name), kind)
+    paths = path_of("text_encoders", text_encoder), path_of("text_encoders", clip_name)
+    return load_clip(*paths, kind, text_weights=text_weights)
 
 
 def open_vae(vae_name: str) -> K5VAE:
@@ -141,13 +157,16 @@ class K5LoadTextEncoders(io.ComfyNode):
                     default="video",
                     tooltip="Which template plain text encode nodes use: that of the model you sample with.",
                 ),
+                _text_weights_input(),
             ],
             outputs=[io.Clip.Output()],
         )
 
     @classmethod
-    def execute(cls, text_encoder: str, clip_name: str, type: str) -> io.NodeOutput:
-        return io.NodeOutput(open_clip(text_encoder, clip_name, type))
+    def execute(
+        cls, text_encoder: str, clip_name: str, type: str, text_weights: str = DEFAULT
+    ) -> io.NodeOutput:
+        return io.NodeOutput(open_clip(text_encoder, clip_name, type, text_weights))
 
 
 class K5LoadVAE(io.ComfyNode):
@@ -216,6 +235,7 @@ class K5LoadAll(io.ComfyNode):
                 ),
                 _variant_input(),
                 _dtype_input(),
+                _text_weights_input(),
             ],
             outputs=[
                 io.Model.Output(),
@@ -234,10 +254,11 @@ class K5LoadAll(io.ComfyNode):
         vae_name: str = AUTO,
         variant: str = AUTO,
         weight_dtype: str = "default",
+        text_weights: str = DEFAULT,
     ) -> io.NodeOutput:
         parts = find_auto(model_name, text_encoder=text_encoder, clip_name=clip_name, vae_name=vae_name)
         model, row, info = open_dit(model_name, variant, weight_dtype)
-        clip = open_clip(parts["text_encoder"], parts["clip_name"], kind_of(row))
+        clip = open_clip(parts["text_encoder"], parts["clip_name"], kind_of(row), text_weights)
         vae = open_vae(parts["vae_name"])
         if vae.config.kind != row.vae.kind:
             raise ValueError(

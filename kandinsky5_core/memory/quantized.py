@@ -14,7 +14,7 @@ from ..weights.container import DTYPES, TensorRecord
 from ..weights.detect import WeightsInfo
 from ..weights.load import check_dtypes, identify_wanted, read_tensors, read_weights
 from ..weights.modules import build_on_meta, module_for
-from ..weights.scaled_fp8 import FLOATS, FP8, check_scale
+from ..weights.scaled_fp8 import FLOATS, SCALED, check_scale
 from .peak import give_back_freed
 
 KINDS = ("int8", "fp8")
@@ -48,7 +48,7 @@ def load_quantized_dit(
     """
     config = torchao_config(kind)
     found = identify_wanted(path, "dit")
-    check_dtypes(found.records, (*FLOATS, *FP8))
+    check_dtypes(found.records, (*FLOATS, *SCALED))
     scales = dict(found.scales or {})
     dit = build_on_meta(lambda: module_for(found.info.config))
     layers = {f"{name}.weight": layer for name, layer in block_linears(dit)}
@@ -78,7 +78,7 @@ def _fill(
 
 
 def _own_dtype(record: TensorRecord) -> torch.dtype:
-    return torch.bfloat16 if record.dtype in FP8 else DTYPES[record.dtype][1]
+    return torch.bfloat16 if record.dtype in SCALED else DTYPES[record.dtype][1]
 
 
 def _as_stored(raw: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:

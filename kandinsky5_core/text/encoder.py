@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from ..conditioning import TextConditioning
 from . import tokenizers
 from .clip import load_clip
-from .loading import Quantise
+from .loading import KeepStored, Quantise
 from .qwen import load_qwen
 from .templates import IMAGE_PAD, Template, template_for
 from .vision import QwenImages, make_image_processor, prepare_images, shrink, to_pil
@@ -46,7 +46,7 @@ class TextEncoder:
 
     @property
     def device(self) -> torch.device:
-        return next(self.qwen.parameters()).device
+        return self.qwen.device
 
     def to(self, device: torch.device | str) -> TextEncoder:
         """Both models moved to `device`, in place; dtypes stay (CLIP is fp32)."""
@@ -171,6 +171,7 @@ def load_text_encoder(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     quantise: Quantise | None = None,
+    keep_stored: KeepStored | None = None,
 ) -> TextEncoder:
     """Both text encoders from HF folders or from single files (`qwen_2.5_vl_7b*.safetensors`, `clip_l.safetensors`).
 
@@ -182,6 +183,8 @@ def load_text_encoder(
         local_files_only: never ask the hub.
         dtype: of Qwen's weights in memory; None keeps the file's. CLIP is always float32.
         quantise: what to put in the place of each linear layer of Qwen's language model as it is read.
+        keep_stored: what to put in the place of Qwen's linear layers that are fp8 or int8 in the file; None
+            widens them.
 
     Raises:
         ValueError: a file or tokenizer is missing, foreign or does not fit; says which argument to change.
@@ -192,7 +195,8 @@ def load_text_encoder(
     clip_words = tokenizers.load_tokenizer(
         tokenizers.CLIP, folder=clip_tokenizer, beside=clip, comfyui=comfyui, local_files_only=local_files_only
     )
-    qwen_model = load_qwen(qwen, lm_head=lm_head, device=device, dtype=dtype, quantise=quantise)
+    layers = {"quantise": quantise, "keep_stored": keep_stored}
+    qwen_model = load_qwen(qwen, lm_head=lm_head, device=device, dtype=dtype, **layers)
     tokenizers.check_qwen_tokenizer(words, qwen_model.get_input_embeddings().num_embeddings)
     _set_image_token(qwen_model, words)
     clip_model = load_clip(clip, eos_token_id=clip_words.eos_token_id, device=device)

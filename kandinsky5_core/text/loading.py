@@ -11,13 +11,16 @@ from ..memory.peak import give_back_freed
 from ..weights import kinds
 from ..weights.container import TensorRecord, WeightsError
 from ..weights.detect import check_tensors
-from ..weights.load import read_weights
-from ..weights.scaled_fp8 import split_scales
+from ..weights.load import read_tensors, read_weights
+from ..weights.scaled_fp8 import SCALED, split_scales
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Quantise = Callable[[torch.nn.Linear], torch.nn.Module]
+KeepStored = Callable[[torch.nn.Linear, torch.Tensor, torch.Tensor | None], torch.nn.Module]
+"""What to put in the place of a linear layer that is fp8 or int8 in the file: given the layer with its bias, its weight
+(out, in) as it is stored, and its scale, of one value or one a row, or None."""
 LAYERS = "language_model.layers."
 """Below it lie the linear layers that may be quantised."""
 
@@ -67,6 +70,7 @@ def fill_transformer(
     dtype: torch.dtype | None,
     device: torch.device | str,
     quantise: Quantise | None = None,
+    keep_stored: KeepStored | None = None,
 ) -> PreTrainedModel:
     """`model`, made inside `build_on_meta`, with these weights; frozen, in eval mode.
 
@@ -76,6 +80,7 @@ def fill_transformer(
     Args:
         quantise: What to put in the place of each linear layer below `LAYERS`, as soon as its weight is read, so that
             the wide weights are never in memory all at once.
+        keep_stored: Takes linear layers that are fp8 or int8 in the file, anywhere but where `quantise` is at work.
 
     Raises:
         WeightsError: names, shapes or dtypes are not those of the model.
@@ -83,10 +88,13 @@ def fill_transformer(
     weights, scales = split_scales(records)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     check_tensors({name: record.shape for name, record in weights.items()}, expected)
-    later = [] if quantise is None else [f"{name}.weight" for name in _linears(model)]
-    rest = {name: record for name, record in weights.items() if name not in later}
+    later = [] if quantise is None else [f"{name}.weight" for name in _linears(model) if LAYERS in name]
+    linears = [] if keep_stored is None else [f"{name}.weight" for name in _linears(model)]
+    kept = [name for name in linears if name not in later and weights[name].dtype in SCALED]
+    rest = {name: record for name, record in weights.items() if name not in (*later, *kept)}
     state = read_weights(rest, _of(scales, rest), dtype=dtype, device=device)
-    model.load_state_dict(state, strict=not later, assign=True)
+    model.load_state_dict(state, strict=not later and not kept, assign=True)
+    _keep(model, _of(weights, kept), _of(scales, kept), keep_stored, device)
     for name in later:
         weight = read_weights({name: weights[name]}, _of(scales, [name]), dtype=dtype, device=device)[name]
         _replace(model, name.removesuffix(".weight"), weight, quantise)
@@ -96,18 +104,32 @@ def fill_transformer(
 
 
 def _linears(model: torch.nn.Module) -> list[str]:
-    return [name for name, part in model.named_modules() if LAYERS in name and isinstance(part, torch.nn.Linear)]
+    return [name for name, part in model.named_modules() if isinstance(part, torch.nn.Linear)]
 
 
-def _of(scales: Mapping[str, TensorRecord], names: Collection[str]) -> dict[str, TensorRecord]:
-    return {name: record for name, record in scales.items() if name in names}
+def _of(records: Mapping[str, TensorRecord], names: Collection[str]) -> dict[str, TensorRecord]:
+    return {name: record for name, record in records.items() if name in names}
+
+
+def _keep(
+    model: torch.nn.Module, weights: Mapping[str, TensorRecord], scales: Mapping[str, TensorRecord],
+    keep_stored: KeepStored | None, device: torch.device | str,
+) -> None:  # fmt: skip
+    factors = read_tensors(scales, dtype=torch.float32, device=device)
+    for name, raw in read_tensors(weights, device=device).items():
+        layer = name.removesuffix(".weight")
+        _put(model, layer, keep_stored(model.get_submodule(layer), raw, factors.get(name)))
 
 
 def _replace(model: torch.nn.Module, name: str, weight: torch.Tensor, quantise: Quantise) -> None:
     layer = model.get_submodule(name)
     layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+    _put(model, name, quantise(layer))
+
+
+def _put(model: torch.nn.Module, name: str, layer: torch.nn.Module) -> None:
     holder, _, last = name.rpartition(".")
-    setattr(model.get_submodule(holder), last, quantise(layer))
+    setattr(model.get_submodule(holder), last, layer)
 
 
 def _move_buffers(model: torch.nn.Module, device: torch.device | str) -> None:

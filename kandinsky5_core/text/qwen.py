@@ -17,7 +17,7 @@ from ..weights.container import TensorRecord, WeightsError
 from ..weights.modules import build_on_meta
 from ..weights.scaled_fp8 import split_scales
 from ..weights.source import open_source
-from .loading import Quantise, count_layers, fill_transformer, find_prefix, looks_like, shape_of, under
+from .loading import KeepStored, Quantise, count_layers, fill_transformer, find_prefix, looks_like, shape_of, under
 
 if TYPE_CHECKING:
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
@@ -52,6 +52,7 @@ def load_qwen(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     quantise: Quantise | None = None,
+    keep_stored: KeepStored | None = None,
 ) -> Qwen2_5_VLForConditionalGeneration:
     """A Qwen2.5-VL from an HF folder (sharded or not) or a single file (fp8-scaled ones too).
 
@@ -59,6 +60,8 @@ def load_qwen(
         lm_head: also load the head that writes text, for the prompt enhancer. Without it `lm_head` is None.
         dtype: of the weights in memory; None keeps the file's (bfloat16 for fp8).
         quantise: what to put in the place of each linear layer of the language model as it is read.
+        keep_stored: what to put in the place of linear layers that are fp8 or int8 in the file; None widens them to
+            `dtype`.
 
     A file without a vision tower gives a model whose `model.visual` is None.
 
@@ -69,7 +72,9 @@ def load_qwen(
     try:
         parts = _parts(source.tensors)
         config = _config(source.folder_config, parts)
-        return _fill(config, parts, lm_head=lm_head, device=device, dtype=dtype, quantise=quantise)
+        return _fill(
+            config, parts, lm_head=lm_head, device=device, dtype=dtype, quantise=quantise, keep_stored=keep_stored
+        )
     except WeightsError as error:
         raise WeightsError(f"{path}: {error}") from error
 
@@ -96,6 +101,7 @@ def _fill(
     device: torch.device | str,
     dtype: torch.dtype | None,
     quantise: Quantise | None,
+    keep_stored: KeepStored | None,
 ) -> Qwen2_5_VLForConditionalGeneration:
     from transformers import Qwen2_5_VLForConditionalGeneration
 
@@ -109,7 +115,7 @@ def _fill(
         model.model.visual = None
     head = parts.head if lm_head else {}
     records = {**parts.text, **parts.visual, **head}
-    fill_transformer(model, records, dtype=dtype, device=device, quantise=quantise)
+    fill_transformer(model, records, dtype=dtype, device=device, quantise=quantise, keep_stored=keep_stored)
     if lm_head and tied:
         model.lm_head = _tied_head(model)
     return model

@@ -16,7 +16,7 @@ from . import kinds
 from .container import CAST_SPAN, DTYPES, LOADABLE, MAP_SPAN, MappedFile, TensorRecord, WeightsError
 from .detect import Identified, WeightsInfo, check_tensors, identify
 from .modules import build_on_meta, module_for
-from .scaled_fp8 import FP8, dequantize
+from .scaled_fp8 import SCALED, dequantize
 from .source import open_source
 
 
@@ -87,7 +87,7 @@ def fill_module(
     """The module that `build` makes, with the tensors at `records` (by the module's names) as its weights.
 
     Args:
-        scales: Of fp8 weights, by the weights' names; None refuses fp8.
+        scales: Of fp8 and int8 weights, by the weights' names; None refuses both.
 
     Raises:
         WeightsError: names or shapes differ from the module's, or a dtype cannot be loaded.
@@ -95,7 +95,7 @@ def fill_module(
     module = build_on_meta(build)
     expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     check_tensors({name: record.shape for name, record in records.items()}, expected)
-    check_dtypes(records, LOADABLE if scales is None else (*LOADABLE, *FP8))
+    check_dtypes(records, LOADABLE if scales is None else (*LOADABLE, *SCALED))
     module.load_state_dict(read_weights(records, scales or {}, dtype=dtype, device=device), assign=True)
     _settle_buffers(module, device)
     return module
@@ -108,13 +108,13 @@ def read_weights(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
 ) -> dict[str, torch.Tensor]:
-    """`read_tensors`, with fp8 weights times their scales in fp32, in `dtype` (None: bfloat16)."""
-    fp8 = {name: record for name, record in records.items() if record.dtype in FP8}
-    plain = {name: record for name, record in records.items() if name not in fp8}
+    """`read_tensors`, with fp8 and int8 weights times their scales in fp32, in `dtype` (None: bfloat16)."""
+    small = {name: record for name, record in records.items() if record.dtype in SCALED}
+    plain = {name: record for name, record in records.items() if name not in small}
     state = read_tensors(plain, dtype=dtype, device=device)
     factors = read_tensors(scales, dtype=torch.float32, device=device)
-    for name, record in fp8.items():
-        # One at a time, so that only one fp8 original lies beside the weights in the target dtype.
+    for name, record in small.items():
+        # One at a time, so that only one original lies beside the weights in the target dtype.
         raw = read_tensors({name: record}, device=device)[name]
         state[name] = dequantize(raw, factors.get(name), dtype or torch.bfloat16)
     return state

@@ -1,4 +1,5 @@
-"""fp8 in files: weights with a scale beside each (`scale_weight`, `weight_scale`), or plainly cast without one."""
+"""Eight bits in files: fp8 weights with a scale beside each (`scale_weight`, `weight_scale`), or plainly cast without
+one, and ComfyUI's int8 with scales (`int8_tensorwise`)."""
 
 from __future__ import annotations
 
@@ -11,18 +12,20 @@ from .container import CAST_SPAN, MappedFile, TensorRecord, WeightsError
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 FP8 = ("F8_E4M3", "F8_E5M2")
+SCALED = (*FP8, "I8")
+"""Dtypes of weights that are times a scale."""
 SCALES = (".scale_weight", ".weight_scale")
 IGNORED = (".scale_input", ".input_scale", "scaled_fp8", ".comfy_quant", ".position_ids", ".inv_freq")
-"""Ends of names that no weight has: fp8 activation scales and marks, and buffers that the model computes itself."""
+"""Ends of names that no weight has: activation scales and marks, and buffers that the model computes itself."""
 
 
 def split_scales(
     records: Mapping[str, TensorRecord],
 ) -> tuple[dict[str, TensorRecord], dict[str, TensorRecord]]:
-    """(weights, weight name -> its fp8 scale), without names that are ignored.
+    """(weights, weight name -> its scale), without names that are ignored.
 
     Raises:
-        WeightsError: a tensor is quantised in another way than scaled fp8.
+        WeightsError: a tensor is quantised in another way than scaled fp8 or int8.
     """
     scales = {
         name.removesuffix(end) + ".weight": record
@@ -33,10 +36,11 @@ def split_scales(
     _check_marks(records)
     weights = {name: record for name, record in records.items() if not name.endswith(SCALES + IGNORED)}
     for name, record in weights.items():
-        if record.dtype not in FLOATS + FP8:
+        # Without a scale int8 means nothing.
+        if record.dtype not in FLOATS + FP8 and (record.dtype not in SCALED or name not in scales):
             raise WeightsError(f"tensor '{name}' is {record.dtype}; expected fp32, fp16, bf16 or scaled fp8")
     for name in scales:
-        if name not in weights or weights[name].dtype not in FP8:
+        if name not in weights or weights[name].dtype not in SCALED:
             raise WeightsError(f"there is a scale for '{name}', which is not an fp8 tensor of the file; get it again")
     return weights, scales
 
@@ -49,15 +53,18 @@ def _check_marks(records: Mapping[str, TensorRecord]) -> None:
         mark = MappedFile(record.file, CAST_SPAN).flat(record)
         text = bytes(mark.tolist()).decode("utf-8", "replace")
         try:
-            form = json.loads(text).get("format")
+            told = json.loads(text)
+            form = told.get("format")
+            rotated = told.get("convrot") or told.get("params", {}).get("convrot")
         except (ValueError, AttributeError):
-            form = text
-        if form not in ("float8_e4m3fn", "float8_e5m2"):
+            form, rotated = text, False
+        if form not in ("float8_e4m3fn", "float8_e5m2", "int8_tensorwise") or rotated:
+            form = f"{form} with rotated rows (convrot)" if rotated else form
             raise WeightsError(f"'{name}' says the weights are {form}; expected float8_e4m3fn, fp16 or bf16")
 
 
 def dequantize(raw: torch.Tensor, scale: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-    """fp8 weights (out, in) times a scale of one value or one a row, in `dtype`; without a scale just cast.
+    """fp8 or int8 weights (out, in) times a scale of one value or one a row, in `dtype`; without a scale just cast.
 
     Raises:
         WeightsError: the scale has another shape, as block-wise formats have.

@@ -9,7 +9,6 @@ import comfy.conds
 import comfy.model_base
 import comfy.model_management
 import comfy.model_patcher
-import comfy.ops
 import comfy.supported_models
 import comfy.utils
 import torch
@@ -19,8 +18,9 @@ from ...kandinsky5_core.config import Variant
 from ...kandinsky5_core.sampling.schedule import shifted
 from ...kandinsky5_core.weights.load import fill_module, identify_wanted
 from .dit import ComfyDiT
-from .fp8 import FORMATS, fill_fp8, stored_fp8
 from .latent_format import latent_format_for
+from .layers import ReadyLayers
+from .quantised import FORMATS, fill_quantised, stored_as
 
 TIMESTEPS = 50_400
 """Entries of the sigma table: divisible by all usual step counts, so that `simple` gives the official schedule."""
@@ -124,19 +124,20 @@ def load_model(
     """A ModelPatcher with the DiT of `path`; ComfyUI decides devices, and the dtype where none is given.
 
     Args:
-        weight_dtype: fp8 is for the blocks' linear layers, with a scale each; None also keeps a file's fp8.
+        weight_dtype: fp8 and int8 are for the blocks' linear layers, with scales; None also keeps a file's.
         named: The user chose the row; otherwise the size of the latents chooses between SD and HD.
-        fast: fp8 weights are multiplied in fp8.
+        fast: Weights in eight bits are multiplied in eight bits.
 
     Raises:
         WeightsError: the file is no Kandinsky 5 DiT.
+        ValueError: its sizes are not the row's, or this ComfyUI does not know the format.
     """
     found = identify_wanted(path, "dit")
     if found.info.config != variant.dit:
         raise ValueError(f"{path.name} does not have the sizes of variant {variant.name}")
-    fp8 = weight_dtype if weight_dtype in FORMATS else stored_fp8(found) if weight_dtype is None else None
+    stored = weight_dtype if weight_dtype in FORMATS else stored_as(found) if weight_dtype is None else None
     device = comfy.model_management.get_torch_device()
-    if weight_dtype is None or fp8 is not None:
+    if weight_dtype is None or stored is not None:
         weight_dtype = comfy.model_management.unet_dtype(
             model_params=sum(record.numel for record in found.records.values()),
             supported_dtypes=K5ModelConfig.supported_inference_dtypes,
@@ -146,12 +147,10 @@ def load_model(
     def build(ops: Any) -> ComfyDiT:
         return ComfyDiT(variant, ops=ops, named=named)
 
-    if fp8 is not None:
-        dit = fill_fp8(build, found, fp8=fp8, dtype=weight_dtype, fast=fast)
+    if stored is not None:
+        dit = fill_quantised(build, found, stored=stored, dtype=weight_dtype, fast=fast)
     else:
-        dit = fill_module(
-            lambda: build(comfy.ops.manual_cast), found.records, scales=found.scales, dtype=weight_dtype
-        )
+        dit = fill_module(lambda: build(ReadyLayers), found.records, scales=found.scales, dtype=weight_dtype)
     dit.dtype = weight_dtype
     model = K5Model(config, dit)
     model.weights = path

@@ -6,7 +6,8 @@ import comfy.model_management
 
 from ...kandinsky5_core.config import VARIANTS
 from ...kandinsky5_core.memory.choose import GIB, DoesNotFitError, choose
-from ...kandinsky5_core.memory.estimate import default_job
+from ...kandinsky5_core.memory.estimate import Settings, default_job
+from ...kandinsky5_core.memory.options import AS_IS
 from ...kandinsky5_core.memory.told import budgets_text, choice_text, job_text
 
 
@@ -31,4 +32,17 @@ def plan_text(name: str, width: int, height: int, frames: int, batch: int, budge
         choice = choose(job, budget_bytes=round(budget * GIB))
     except DoesNotFitError as error:
         return f"{job_text(job)}\n{error}"
-    return f"{job_text(job)}\n{choice_text(choice)}"
+    return f"{job_text(job)}\n{choice_text(choice)}\nin ComfyUI: {nodes_text(choice.settings)}"
+
+
+def nodes_text(settings: Settings) -> str:
+    """The same settings as inputs of nodes; ComfyUI itself moves networks and computes guidance."""
+    memory = settings.memory
+    kinds = {"fp8": "fp8_e4m3fn", "int8": "int8"}
+    parts = [
+        f"weight_dtype {kinds[memory.weights]} in the loader" if memory.weights != AS_IS else "",
+        f"text_weights {memory.text_weights} in the loader" if memory.text_weights != AS_IS else "",
+        f"blocks {memory.swap_blocks} in Kandinsky 5 Block Swap" if memory.swap_blocks else "",
+        f"tile_budget {settings.vae_budget_bytes / GIB:g} in Kandinsky 5 Decode Video",
+    ]
+    return ", ".join(filter(None, parts))

@@ -218,6 +218,28 @@ def test_fp8_files_mean_weight_times_scale(tmp_path, end, rows):
     assert {weight.dtype for weight in load_dit(path)[0].state_dict().values()} == {torch.bfloat16}
 
 
+def test_int8_files_of_comfyui_mean_weight_times_scale(tmp_path):
+    made, meaning = random_state(3), {}
+    for name in quantised_names():
+        scale = made[name].abs().amax(1, keepdim=True) / 127
+        made[name] = (made[name] / scale).round().to(torch.int8)
+        meaning[name] = made[name].float() * scale
+        made[f"{name}_scale"] = scale
+        mark = b'{"format": "int8_tensorwise"}'
+        made[f"{name.removesuffix('weight')}comfy_quant"] = torch.tensor(list(mark), dtype=torch.uint8)
+    save_file(made, tmp_path / "int8.safetensors")
+    state = load_dit(tmp_path / "int8.safetensors", dtype=torch.float32)[0].state_dict()
+    assert len(meaning) > 4 and all(torch.equal(state[name], weight) for name, weight in meaning.items())
+    name = quantised_names()[0]
+    save_file({key: part for key, part in made.items() if key != f"{name}_scale"}, tmp_path / "bare.safetensors")
+    with pytest.raises(ValueError, match=f"tensor '{name}' is I8"):
+        load_dit(tmp_path / "bare.safetensors")
+    mark = torch.tensor(list(b'{"format": "int8_tensorwise", "convrot": true}'), dtype=torch.uint8)
+    save_file({**made, f"{name.removesuffix('weight')}comfy_quant": mark}, tmp_path / "rotated.safetensors")
+    with pytest.raises(ValueError, match="rotated rows"):
+        load_dit(tmp_path / "rotated.safetensors")
+
+
 @pytest.mark.parametrize(("end", "rows"), [("scale_weight", False), ("weight_scale", True), (None, False)])
 def test_weights_fp8_keeps_the_numbers_of_an_fp8_file(tmp_path, end, rows):
     path, made, meaning = fp8_file(tmp_path, end, rows=rows)

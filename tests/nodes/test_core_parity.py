@@ -13,9 +13,15 @@ SCRIPT = Path(__file__).parent / "in_comfyui.py"
 @pytest.mark.parametrize(
     "check",
     ["parity", "image_to_video", "grey_masks", "native_nabla", "merge_and_save", "lora_formats", "missing_package",
-     "fp8_checks.fp8_of_our_loader", "fp8_checks.fp8_files", "vae_budget"],
+     "quantised_checks.choices_of_our_loader", "quantised_checks.fp8_files", "quantised_checks.int8_files",
+     "vae_budget"],
 )
 def test_in_comfyui(comfyui, check, tmp_path):
+    run_check(comfyui, check, tmp_path)
+
+
+def run_check(comfyui, check, tmp_path):
+    """One check of `checks.py`, or of another file, in a process of ComfyUI's Python."""
     done = subprocess.run(
         [comfyui_python(comfyui), str(SCRIPT), str(comfyui), str(PACK), check, str(tmp_path)],
         capture_output=True,

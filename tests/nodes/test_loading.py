@@ -12,7 +12,7 @@ ALL = {
     "K5Sample", "K5Schedule", "K5Shift", "K5DecodeVideo", "K5Attention", "K5LoadLora", "K5NanoPicture",
     "K5MergeLora", "K5ExtractLora", "K5ResizeLora", "K5ConvertLora", "K5LoraInfo", "K5Soup", "K5SoupFolder",
     "K5ContactSheet", "K5StepCache", "K5TrainingData", "K5CacheData", "K5TrainingSettings", "K5StartTraining",
-    "K5WaitForTraining", "K5TrainingStatus", "K5LoadTrained", "K5Plan",
+    "K5WaitForTraining", "K5TrainingStatus", "K5LoadTrained", "K5Plan", "K5BlockSwap",
 }  # fmt: skip
 OTHER_PACK = {
     "__init__.py": "import sys\nfrom . import train\nsys.modules['train'] = train\nNODE_CLASS_MAPPINGS = {}\n",

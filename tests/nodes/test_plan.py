@@ -19,7 +19,18 @@ def plan(comfy, **inputs):
 
 def test_the_plan_is_shown_and_given_on(comfy):
     choice = choose(default_job(variant("lite-t2v-5s-sft")), budget_bytes=12 * GIB)
-    assert f"options: {options_text(choice.settings)}" in plan(comfy)
+    told = plan(comfy)
+    assert f"options: {options_text(choice.settings)}" in told
+    assert f"tile_budget {choice.settings.vae_budget_bytes / GIB:g} in Kandinsky 5 Decode Video" in told
+
+
+def test_the_plan_names_the_inputs_of_nodes(comfy):
+    told = plan(comfy, variant="pro-t2v-5s-sft", budget=16.0)
+    memory = choose(default_job(variant("pro-t2v-5s-sft")), budget_bytes=16 * GIB).settings.memory
+    (line,) = [line for line in told.splitlines() if line.startswith("in ComfyUI: ")]
+    assert memory.swap_blocks and f"blocks {memory.swap_blocks} in Kandinsky 5 Block Swap" in line
+    assert (f"text_weights {memory.text_weights} in the loader" in line) == (memory.text_weights != "as-is")
+    assert ("weight_dtype fp8_e4m3fn in the loader" in line) == (memory.weights == "fp8")
 
 
 def test_what_does_not_fit_is_said_and_no_card_gives_the_table(comfy):

@@ -145,6 +145,29 @@ def test_fp8_scaled_file_is_dequantised(tiny, tmp_path, scale_end, dtype, per_ro
     assert error < 0.05
 
 
+@pytest.mark.parametrize("quantised", [False, True])
+def test_fp8_layers_may_be_kept_as_they_are_stored(tiny, tmp_path, quantised):
+    made, meaning = as_fp8(qwen_state(tiny), ".scale_weight")
+    save_file(made, tmp_path / "qwen.safetensors")
+    kept = {}
+
+    def keep(layer, weight, scale):
+        assert weight.dtype == torch.float8_e4m3fn and weight.shape == (layer.out_features, layer.in_features)
+        kept[len(kept)] = weight.float() * scale
+        made = torch.nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+        made.weight, made.bias = torch.nn.Parameter(kept[len(kept) - 1], requires_grad=False), layer.bias
+        return made
+
+    model = load_qwen(
+        tmp_path / "qwen.safetensors", dtype=torch.float32, keep_stored=keep, quantise=(lambda layer: layer) if quantised else None
+    )
+    fp8 = [name for name, tensor in made.items() if tensor.dtype == torch.float8_e4m3fn and tensor.ndim == 2]
+    # Where both are asked for, the layers of the language model are quantised anew, and here those are all.
+    assert len(kept) == (0 if quantised else len(fp8)) and len(fp8) > 4
+    assert all(torch.equal(model.state_dict()[name], meaning[name]) for name in fp8)
+    assert not any(tensor.is_meta for tensor in model.parameters())
+
+
 def comfy_mark(form):
     return torch.tensor(list(json.dumps({"format": form}).encode()), dtype=torch.uint8)
 

@@ -1,4 +1,4 @@
-"""fp8 weights of our MODEL inside ComfyUI (see in_comfyui.py)."""
+"""Weights of our MODEL in eight bits inside ComfyUI (see in_comfyui.py)."""
 
 import importlib
 
@@ -38,14 +38,15 @@ def quantised(model):
     return {name: weight for name, weight in weights.items() if isinstance(weight, QuantizedTensor)}
 
 
-def check_fp8_of_our_loader(name, folder):
-    """The loader's choices: blocks in fp8, near the fp32 result, and a LoRA works on them."""
+def check_choices_of_our_loader(name, folder):
+    """The loader's choices: blocks in eight bits, near the fp32 result, and a LoRA works on them."""
     load, files = module(name, "nodes.load"), module(name, "nodes.bridge.folders").built_in("built-in: nano-video")
     conditioning = conditioning_of(name, files)
     plain, _, _ = load.open_dit("built-in: nano-video", "auto", "fp32")
     expected = sampled(plain, conditioning)
     layer = "visual_transformer_blocks.1.feed_forward.in_layer.weight"
-    for choice, bound in (("fp8_e4m3fn", 0.15), ("fp8_e4m3fn_fast", 0.15), ("fp8_e5m2", 0.3)):
+    bounds = {"fp8_e4m3fn": 0.15, "fp8_e4m3fn_fast": 0.15, "fp8_e5m2": 0.3, "int8": 0.05, "int8_fast": 0.1}
+    for choice, bound in bounds.items():
         model, _, _ = load.open_dit("built-in: nano-video", "auto", choice)
         found = sampled(model, conditioning)
         print(choice, error(found, expected))
@@ -94,3 +95,36 @@ def check_fp8_files(name, folder):
         # Rotary embeddings are rounded to bf16, so one different bit grows to a thousandth.
         alike = load_model(path, files.variant, kept.model.diffusion_model.dtype)
         assert error(sampled(kept, conditioning), sampled(alike, conditioning)) < 1e-2
+
+
+def check_int8_files(name, folder):
+    """What ComfyUI saves of an int8 model loads as it is, and is dequantised on request."""
+    from safetensors.torch import load_file, save_file
+
+    files = module(name, "nodes.bridge.folders").built_in("built-in: nano-video")
+    load_model, conditioning = module(name, "nodes.bridge.model").load_model, conditioning_of(name, files)
+    made = load_model(files.dit, files.variant, torch.int8)
+    state = made.model.diffusion_model.state_dict()
+    save_file({key: part.contiguous() for key, part in state.items()}, folder / "int8.safetensors")
+    stored = load_file(folder / "int8.safetensors")
+    layer = "visual_transformer_blocks.1.feed_forward.in_layer."
+    assert stored[f"{layer}weight"].dtype == torch.int8
+    assert stored[f"{layer}weight_scale"].shape == (stored[f"{layer}weight"].shape[0], 1)
+    kept, wide = (load_model(folder / "int8.safetensors", files.variant, dtype) for dtype in (None, torch.float32))
+    assert quantised(kept).keys() == quantised(made).keys() and not quantised(wide)
+    weights, rest = quantised(kept), dict(kept.model.diffusion_model.named_parameters())
+    for key, weight in made.model.diffusion_model.named_parameters():
+        assert torch.equal(weight.dequantize(), weights[key].dequantize()) if key in weights else torch.equal(weight, rest[key])
+    # Sums of products depend on where in memory the weights begin, and one different bit grows to a thousandth.
+    expected = sampled(made, conditioning)
+    for some in (kept, wide):
+        assert error(sampled(some, conditioning), expected) < 1e-2
+    # The rows may also be rotated, which the core does not undo.
+    mark = torch.tensor(list(b'{"format": "int8_tensorwise", "convrot": true}'), dtype=torch.uint8)
+    save_file({**stored, f"{layer}comfy_quant": mark}, folder / "rotated.safetensors")
+    try:
+        load_model(folder / "rotated.safetensors", files.variant)
+    except ValueError as problem:
+        assert "convrot" in str(problem)
+    else:
+        raise AssertionError("rotated rows were taken for plain ones")
