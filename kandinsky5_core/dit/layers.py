@@ -169,7 +169,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # The hidden numbers would be the most that a block holds; but weights that come from elsewhere come once.
-        if takes_pieces() and self.is_at_hand(x):
+        if takes_pieces() and x.numel() > MATMUL_PIECE and self.is_at_hand(x):
             return in_pieces(self.whole, torch.empty_like(x), x, most=MATMUL_PIECE)
         return self.whole(x)
 

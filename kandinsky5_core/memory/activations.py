@@ -27,8 +27,8 @@ GATHERED_NUMBERS_CPU = 2**20
 """Of `attention.gather`: numbers of the keys, and of the values, that are copied together at a time."""
 SORT_BYTES = 29
 """A sorted entry: scores and probabilities, the same sorted, its order, running sums, and what is kept."""
-LIST_BYTES = 17
-"""An entry that is made into lists: sorted, with its order before it is shortened."""
+LIST_BYTES = 20
+"""An entry that is made into lists: ranks, places, both again as 64 bits, and what is written."""
 MASK_BYTES = 5
 """An entry of the block mask: the mask itself, and its list of blocks."""
 
@@ -38,7 +38,7 @@ def block_bytes(config: DiTConfig, tokens: int, element_size: int, *, on_cpu: bo
 
     It peaks in self-attention (input, normed, query, key, value, and the attended ones), or, where the tokens are few,
     while keys are rotated (a normed and an fp32 copy, the product, and two roundings, of one piece) or in the
-    feed-forward (input, stream, normed, result; hidden and result of one piece).
+    feed-forward (input, stream, normed, result where it has pieces; hidden and result of one).
     """
     stream = tokens * config.model_dim * element_size
     piece = min(tokens * config.model_dim, PIECE_NUMBERS_CPU if on_cpu else PIECE_NUMBERS)
@@ -47,8 +47,10 @@ def block_bytes(config: DiTConfig, tokens: int, element_size: int, *, on_cpu: bo
     # The rotary table as complex numbers, which is made for each use of it.
     table = FP32 * config.head_dim * (piece // config.model_dim)
     rotating = 5 * stream + piece * (element_size + copied + FP32 + rounded) + table
-    hidden = min(tokens * config.model_dim, MATMUL_PIECE) // config.model_dim * config.ff_dim
-    feeding = 4 * stream + element_size * (hidden + min(tokens * config.model_dim, MATMUL_PIECE))
+    matmul = min(tokens * config.model_dim, MATMUL_PIECE)
+    hidden = matmul // config.model_dim * config.ff_dim
+    together = 3 * stream if matmul == tokens * config.model_dim else 4 * stream
+    feeding = together + element_size * (hidden + matmul)
     return max(6 * stream, rotating, feeding)
 
 
