@@ -156,15 +156,16 @@ def stream_bytes(
 
 
 def stream_work(plan: StreamPlan, latent_shape: Sequence[int], config: VAEConfig, *, direction: str) -> float:
-    """Convolutions' work as a multiple of the plain pass's: margins and samples are computed beside it."""
+    """Convolutions' work as a multiple of the plain pass's: margins and samples come beside it, upsampling is less."""
     shape = LatentShape(*latent_shape)
     costs = Costs.of(config, direction, plan.exact_levels)
     exact, fine = (sum(unit.work for unit in units) for units in (costs.exact, costs.fine))
+    plain = sum(unit.plain_work for unit in (*costs.exact, *costs.fine))
     cells = shape.height * shape.width
     read = sum(tile.cells for tile in plan.tiles(shape))
     clip = VideoShape.from_latent(shape, config)
     sampled = plan.windows * min(WINDOW_FRAMES, clip.frames) * plan.window_height * plan.window_width
-    return (exact + fine * (read / cells + sampled / (cells * clip.frames))) / (exact + fine)
+    return (exact + fine * (read / cells + sampled / (cells * clip.frames))) / plain
 
 
 def plan_stream(

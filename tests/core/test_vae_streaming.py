@@ -19,7 +19,8 @@ from kandinsky5_core.request import Request
 from kandinsky5_core.shapes import LatentShape, VideoShape
 from kandinsky5_core.vae import within
 from kandinsky5_core.vae.hunyuan import passes
-from kandinsky5_core.vae.hunyuan.carry import CarriedConv, Repeat
+from kandinsky5_core.vae.hunyuan.carry import CarriedConv, CarriedUpsample
+from kandinsky5_core.vae.hunyuan.convolve import convolve, in_pairs
 from kandinsky5_core.vae.hunyuan.layered import layered
 from kandinsky5_core.vae.hunyuan.layers import CausalConv3d, Upsample
 from kandinsky5_core.vae.hunyuan.model import HunyuanVAE
@@ -141,10 +142,22 @@ def test_a_carried_convolution_is_that_of_the_clip_for_any_split(kernel, stride,
 @settings(deadline=None, database=None, max_examples=25)
 @given(lengths=st.lists(st.integers(1, 3), min_size=1, max_size=6), in_time=st.sampled_from([1, 2]))
 def test_pieces_are_upsampled_as_the_clip(lengths, in_time):
-    layer = Upsample(2, (in_time, 2, 2), ops=torch.nn)
-    layer.conv = torch.nn.Identity()
-    repeat, clip = Repeat(layer), torch.randn(1, 2, sum(lengths), 3, 4)
-    assert torch.equal(torch.cat([repeat(piece) for piece in clip.split(lengths, dim=2)], dim=2), layer(clip))
+    layer = Upsample(3, (in_time, 2, 2), ops=torch.nn)
+    carried, clip = CarriedUpsample(layer), torch.randn(1, 3, sum(lengths), 4, 5)
+    with torch.no_grad():
+        made = [carried.convolve(carried.join(piece)) for piece in clip.split(lengths, dim=2)]
+        torch.testing.assert_close(torch.cat(made, dim=2), layer(clip), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("frames", [2, 3, 8])
+def test_pairs_of_frames_are_the_convolution_as_near_as_the_plain_sum(frames):
+    conv = torch.nn.Conv3d(40, 36, 3)
+    x = torch.randn(1, 40, frames + 2, 18, 18)
+    with torch.no_grad():
+        true = torch.nn.functional.conv3d(x.double(), conv.weight.double(), conv.bias.double())
+        errors = [(made - true).square().mean().sqrt() for made in (in_pairs(x, conv.weight, conv.bias), conv(x))]
+        assert torch.equal(convolve(conv, x), in_pairs(x, conv.weight, conv.bias)), "large enough for pairs"
+    assert errors[0] < 1.5 * errors[1] < 1e-5
 
 
 def test_statistics_of_pieces_are_those_of_the_clip():
