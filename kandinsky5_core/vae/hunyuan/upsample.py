@@ -1,8 +1,8 @@
 """Nearest-neighbour upsampling and the convolution after it as one: the upsampled clip is never made.
 
 Where a kernel lies on copies of one position, its taps there are added first. By two on an axis, each output sees two
-positions instead of three: 8 of 27 products are left where time is doubled too, 12 where only space is, of a clip that is
-an eighth or a quarter as large. Phase (t, i, j) is the outputs at t, i, j of every 2x2x2. Exact up to rounding.
+positions instead of three: 8 of 27 products are left where time is doubled too, 12 where only space is, of an eighth or
+a quarter of the positions. Phase (t, i, j) is the outputs at t, i, j of every 2x2x2. Exact up to rounding.
 """
 
 from __future__ import annotations
