@@ -22,6 +22,8 @@ WORKSPACE = 1.25
 """Room for what a convolution kernel takes beside its input and output."""
 PIECES = (16, 8, 4, 2, 1)
 """Pixel frames at a time, best first: more frames copy less of what is carried."""
+SHORT_PIECE = 2
+"""A shorter one copies twice what it makes and leaves no pairs of frames: for budgets that hold nothing else."""
 WINDOW_FRAMES = 5
 """Pixel frames of one sample: two latent frames, the first of them mostly context."""
 LATENTS_PER_WINDOW = 10
@@ -188,22 +190,27 @@ def plan_stream(
         exact = StreamPlan(exact_levels=levels, frames=frames, height=shape.height, width=shape.width)
         if fits(exact):
             return exact
-    found = [
-        plan
-        for exact_levels in range(levels - 1, 0, -1)
-        if (plan := _first_fitting(_tilings(shape, config, direction, exact_levels), fits, shape))
-    ]
-    # Where work is the same, more levels exact.
-    return min(found, key=lambda plan: stream_work(plan, shape, config, direction=direction), default=None)
+    for least in (SHORT_PIECE, PIECES[-1]):
+        found = [
+            plan
+            for exact_levels in range(levels - 1, 0, -1)
+            if (plan := _first_fitting(_tilings(shape, config, direction, exact_levels, least), fits, shape))
+        ]
+        if found:
+            # Where work is the same, more levels exact.
+            return min(found, key=lambda plan: stream_work(plan, shape, config, direction=direction))
+    return None
 
 
-def _tilings(shape: LatentShape, config: VAEConfig, direction: str, exact_levels: int) -> Iterator[StreamPlan]:
-    """Plans with so many levels exact, least work first, each with the shortest pieces and the smallest samples."""
+def _tilings(
+    shape: LatentShape, config: VAEConfig, direction: str, exact_levels: int, frames: int
+) -> Iterator[StreamPlan]:
+    """Plans with so many levels exact, least work first, each with the smallest samples."""
     margin = Costs.of(config, direction, exact_levels).margin(config)
     window_height, window_width = _window_sizes(shape)[-1]
     for height, width in _tile_sizes(shape, margin):
         yield StreamPlan(
-            exact_levels=exact_levels, frames=PIECES[-1], height=height, width=width, margin=margin,
+            exact_levels=exact_levels, frames=frames, height=height, width=width, margin=margin,
             windows=num_windows(shape.frames), window_height=window_height, window_width=window_width,
         )  # fmt: skip
 
@@ -219,6 +226,7 @@ def _first_fitting(
         replace(least, window_height=height, window_width=width, frames=frames)
         for height, width in _window_sizes(shape)
         for frames in PIECES
+        if frames >= least.frames
     )
     return next(filter(fits, larger), least)
 
