@@ -22,8 +22,8 @@ WORKSPACE = 1.25
 """Room for what a convolution kernel takes beside its input and output."""
 PIECES = (16, 8, 4, 2, 1)
 """Pixel frames at a time, best first: more frames copy less of what is carried."""
-SHORT_PIECE = 2
-"""A shorter one copies twice what it makes and leaves no pairs of frames: for budgets that hold nothing else."""
+CARRYING = 0.15
+"""What carrying costs with one frame at a time, as a share of the work: copies, and on a CPU no pairs of frames."""
 WINDOW_FRAMES = 5
 """Pixel frames of one sample: two latent frames, the first of them mostly context."""
 LATENTS_PER_WINDOW = 10
@@ -173,7 +173,7 @@ def stream_work(plan: StreamPlan, latent_shape: Sequence[int], config: VAEConfig
 def plan_stream(
     latent_shape: Sequence[int], config: VAEConfig, *, direction: str, budget_bytes: int, bytes_per_element: int = 2
 ) -> StreamPlan | None:
-    """The plan of least work that fits; exact where all levels fit; None where nothing does.
+    """The plan of least work and carrying that fits; exact where all levels fit; None where nothing does.
 
     Args:
         latent_shape: (B, C, T, h, w), of the latents to decode or of those that pixels are encoded to.
@@ -190,16 +190,18 @@ def plan_stream(
         exact = StreamPlan(exact_levels=levels, frames=frames, height=shape.height, width=shape.width)
         if fits(exact):
             return exact
-    for least in (SHORT_PIECE, PIECES[-1]):
-        found = [
-            plan
-            for exact_levels in range(levels - 1, 0, -1)
-            if (plan := _first_fitting(_tilings(shape, config, direction, exact_levels, least), fits, shape))
-        ]
-        if found:
-            # Where work is the same, more levels exact.
-            return min(found, key=lambda plan: stream_work(plan, shape, config, direction=direction))
-    return None
+    found = [
+        plan
+        for exact_levels in range(levels - 1, 0, -1)
+        for frames in PIECES[2:]
+        if (plan := _first_fitting(_tilings(shape, config, direction, exact_levels, frames), fits, shape))
+    ]
+
+    def cost(plan: StreamPlan) -> float:
+        return stream_work(plan, shape, config, direction=direction) * (1 + CARRYING / plan.frames)
+
+    # Where work is the same, more levels exact.
+    return min(found, key=cost, default=None)
 
 
 def _tilings(
