@@ -145,20 +145,21 @@ def _layered(unit: Unit, frames: int, piece: int, area: float) -> float:
     def clip(width: int, scale: tuple[int, int], count: int = frames) -> float:
         return width * frames_at(count, scale[0]) * area / scale[1] ** 2
 
-    def padded(width: int, scale: tuple[int, int]) -> float:
-        return width * (frames_at(piece, scale[0]) + 2) * area / scale[1] ** 2
+    def joining(width: int, scale: tuple[int, int]) -> float:
+        """A padded piece behind the frames kept, while these are still there themselves."""
+        return width * (frames_at(piece, scale[0]) + 4) * area / scale[1] ** 2
 
     source, result = clip(unit.wide_in, unit.before), clip(unit.wide_out, unit.after)
     if unit.kind == "resnet":
         held = max(2 * result, source)
         wide = max(unit.wide_in, unit.wide_out)
-        return held + clip(wide, unit.before, piece) + padded(wide, unit.before)
+        return held + clip(wide, unit.before, piece) + joining(wide, unit.before)
     if unit.kind == "attention":
         return 3 * source + 5 * clip(unit.wide_in, unit.before, piece)
     if unit.kind == "up":
         phase = clip(unit.wide_out, unit.after, piece) / unit.phases
-        return max(source, result) + padded(unit.wide_in, unit.before) + phase + unit.folded
-    return max(source, result) + clip(unit.wide_in, unit.before, piece) + padded(unit.wide_in, unit.before)
+        return max(source, result) + joining(unit.wide_in, unit.before) + phase + unit.folded
+    return max(source, result) + clip(unit.wide_in, unit.before, piece) + joining(unit.wide_in, unit.before)
 
 
 def streamed_elements(units: Sequence[Unit], piece: int, limit: int, area: float) -> float:

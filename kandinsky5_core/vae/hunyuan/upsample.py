@@ -15,17 +15,23 @@ from torch import Tensor
 from .layers import Upsample
 
 Kernels = dict[tuple[int, int, int], Tensor]
+ROWS = 64
+"""Output channels whose taps are added at once: the sums are in fp32, and all together would be a copy of the layer."""
 
 
 def fold_kernels(layer: Upsample, like: Tensor) -> Kernels:
     """The kernel (C_out, C_in, kt, 2, 2) of each phase, dtype and device of `like`; added in fp32."""
-    weight = layer.conv.conv.weight.to(like.device, torch.float32)
-    in_time = [2, 1] if layer.factor[0] == 2 else [0]
-    # Causal: the second frame of a pair is the one that lies with the frame before it, as does the left of two columns.
-    return {
-        (t, i, j): _fold(_fold(_fold(weight, 2, late), 3, i + 1), 4, j + 1).to(like.dtype)
-        for (t, late), i, j in itertools.product(enumerate(in_time), (0, 1), (0, 1))
-    }
+    weight, doubles = layer.conv.conv.weight, layer.factor[0] == 2
+    sizes = (*weight.shape[:2], 2 if doubles else 3, 2, 2)
+    phases = itertools.product((0, 1) if doubles else (0,), (0, 1), (0, 1))
+    kernels = {phase: like.new_empty(sizes) for phase in phases}
+    for start in range(0, len(weight), ROWS):
+        rows = weight[start : start + ROWS].to(like.device, torch.float32)
+        for (t, i, j), kernel in kernels.items():
+            # Causal: the second frame of a pair lies with the frame before it, in space the first of two columns does.
+            late = 2 - t if doubles else 0
+            kernel[start : start + ROWS] = _fold(_fold(_fold(rows, 2, late), 3, i + 1), 4, j + 1)
+    return kernels
 
 
 def _fold(weight: Tensor, dim: int, side: int) -> Tensor:
