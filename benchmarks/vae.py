@@ -1,159 +1,82 @@
-"""The VAE within a memory budget beside the untiled pass and the official tiles.
+"""The VAE within a memory budget beside the untiled pass, the official tiles and diffusers' default ones.
 
-    python -m benchmarks.vae --weights nano --size 128x192 --frames 33 --out runs/vae
-    python -m benchmarks.vae --weights wide --size 64x64 --frames 17
+    python -m benchmarks.vae --weights nano --size 96x128 256x256 --frames 33 121 --out runs/vae
+    python -m benchmarks.vae --weights wide --size 48x48 --frames 25 49 --parts 1 --peaks same --plot vae.png
     python -m benchmarks.vae --weights nano --size 128x192 --flat 17 33 65 129
 
-Weights: Nano's trained ones, or random ones of the released width. Times are taken in turns in one process, peak memory
-of each case in a process of its own. PSNR and seams are against the untiled pass: the seam figure is the error's jump
-where the official tiles meet, in time and space, over its jump elsewhere (1: no seams). Prints Markdown; --out also
-writes JSON.
+Weights: Nano's trained ones, or random ones of the released width. All ways of one clip take turns in one process. Peak
+memory is that of a process for each way, or with `--peaks same` of the timed run, which saves running everything twice.
+PSNR and seams are to the untiled pass in fp32: the seam figure is the error's jump where the official tiles meet, in
+time and space, over its jump elsewhere (1: no seams). Every row is printed as soon as it is measured; with --out the
+rows are kept, and a clip that lies there already is not measured again.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
-import math
 import os
 import random
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from benchmarks.vae_page import HEAD, Row, markdown, plot
+from benchmarks.vae_ways import DIFFUSERS, OFFICIAL, UNTILED, Way, planned, psnr, seams, untiled, ways_of
 from kandinsky5_core.bench.peak import peak_of
-from kandinsky5_core.bench.timing import alternate, ratio
+from kandinsky5_core.bench.timing import Samples, timed
 from kandinsky5_core.config import HUNYUAN_VAE
 from kandinsky5_core.loading import load
 from kandinsky5_core.nano.drawing import random_clip
 from kandinsky5_core.shapes import LatentShape
 from kandinsky5_core.vae.hunyuan.model import HunyuanVAE
-from kandinsky5_core.vae.hunyuan.passes import decode_streamed, encode_streamed
-from kandinsky5_core.vae.pass_plan import PassPlan, describe, plan_bytes, plan_pass
 from kandinsky5_core.vae.stream_plan import StreamPlan
-from kandinsky5_core.vae.tile_plan import TilePlan, latents_of_pixels
-from kandinsky5_core.vae.tiling import decode_tiled, encode_tiled, tile_axes
+from kandinsky5_core.vae.tile_plan import latents_of_pixels
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 DIRECTIONS = ("encode", "decode")
 
 
-@dataclass(frozen=True)
-class Way:
-    """One way to run a pass."""
-
-    name: str
-    plan: PassPlan | None
-    """None: untiled."""
-
-    def run(self, vae: HunyuanVAE, direction: str, given: Tensor) -> Tensor:
-        """Latents or pixels."""
-        if self.plan is None:
-            with torch.no_grad():
-                return getattr(vae, direction)(given)
-        streamed = isinstance(self.plan, StreamPlan)
-        passes = {"encode": (encode_tiled, encode_streamed), "decode": (decode_tiled, decode_streamed)}
-        return passes[direction][streamed](vae, given, self.plan)
-
-
-@dataclass
-class Row:
-    """The figures of one way."""
-
-    direction: str
-    clip: str
-    way: str
-    times_as_long: float
-    """As the untiled pass, by process time."""
-    seconds: float
-    peak_mib: float
-    psnr: float
-    seams: float
-
-
-def official_tiles(shape: LatentShape, parts: int) -> TilePlan:
-    """The official release's tiles: 17 frames every 8, and `parts` pieces of each side with 32 pixels shared."""
-    sides = [size if parts == 1 else min(size, math.ceil(size / parts) + 2) for size in (shape.height, shape.width)]
-    overlaps = [4 if side < size else 0 for side, size in zip(sides, (shape.height, shape.width), strict=True)]
-    frames = min(5, shape.frames)
-    return TilePlan(
-        frames=frames, height=sides[0], width=sides[1], overlap_frames=3 if frames < shape.frames else 0,
-        overlap_height=overlaps[0], overlap_width=overlaps[1],
-    )  # fmt: skip
-
-
-def ways_of(
-    vae: HunyuanVAE, direction: str, shape: LatentShape, dtype: torch.dtype, parts: int, shares: list[float]
-) -> list[Way]:
-    """Untiled, official tiles of whole frames and of parts, ours with budgets that are shares of what untiled takes."""
-    sizes = {"direction": direction, "bytes_per_element": dtype.itemsize}
-    untiled = TilePlan(frames=shape.frames, height=shape.height, width=shape.width)
-    needed = plan_bytes(untiled, shape, vae.config, **sizes)
-    ways = [Way("untiled", None), Way("official, 17 frames", official_tiles(shape, 1))]
-    if parts > 1:
-        ways.append(Way(f"official, 17 frames, {parts}x{parts}", official_tiles(shape, parts)))
-    for share in shares:
-        plan = plan_pass(shape, vae.config, budget_bytes=int(share * needed), **sizes)
-        ways.append(Way(f"ours, {share:.0%} of untiled: {describe(plan, shape, vae.config)}", plan))
-    return ways
-
-
 def models_of(args: argparse.Namespace) -> HunyuanVAE:
-    """The weights that are asked for."""
+    """The weights that are asked for, in fp32."""
     if args.weights == "nano":
         vae = load("nano-video").vae
     else:
         torch.manual_seed(args.seed)
         vae = HunyuanVAE(HUNYUAN_VAE)
-    return vae.to(args.device, DTYPES[args.dtype]).eval().requires_grad_(False)
+    return vae.to(args.device, torch.float32).eval().requires_grad_(False)
 
 
-def given_of(args: argparse.Namespace, vae: HunyuanVAE, direction: str, frames: int) -> Tensor:
+def given_of(args: argparse.Namespace, vae: HunyuanVAE, direction: str, size: str, frames: int) -> Tensor:
     """A drawn clip as pixels, or its latents (of random weights, and to measure memory, noise), (1, C, F, H, W)."""
-    height, width = (int(side) for side in args.size.split("x"))
+    height, width = (int(side) for side in size.split("x"))
     _, drawn = random_clip(random.Random(args.seed), frames, (height, width))
-    pixels = (drawn * 2 - 1).permute(3, 0, 1, 2)[None]
+    pixels = (drawn * 2 - 1).permute(3, 0, 1, 2)[None].to(args.device)
     if direction == "encode":
-        return pixels.to(args.device, DTYPES[args.dtype])
-    shape = latents_of_pixels(pixels.shape, vae.config)
+        return pixels
     if args.weights == "nano" and args.child is None:
-        return Way("untiled", None).run(vae, "encode", pixels.to(args.device, DTYPES[args.dtype]))
-    noise = torch.randn(shape, generator=torch.Generator().manual_seed(args.seed))
-    return noise.to(args.device, DTYPES[args.dtype])
+        return untiled(vae, "encode", pixels)
+    shape = latents_of_pixels(pixels.shape, vae.config)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(args.seed)).to(args.device)
 
 
-def psnr(found: Tensor, wanted: Tensor) -> float:
-    """Of the range of `wanted`, in dB."""
-    error = (found.float() - wanted.float()).square().mean()
-    return (20 * torch.log10(wanted.float().max() - wanted.float().min()) - 10 * torch.log10(error)).item()
+def shape_of(vae: HunyuanVAE, size: str, frames: int) -> LatentShape:
+    """The latents of a clip."""
+    return latents_of_pixels((1, 3, frames, *(int(side) for side in size.split("x"))), vae.config)
 
 
-def seams(
-    found: Tensor, wanted: Tensor, tiles: TilePlan, shape: LatentShape, direction: str, vae: HunyuanVAE
-) -> float:
-    """Mean jump of the error from one position to the next where tiles meet, over that elsewhere; 1 without seams."""
-    error = (found.float() - wanted.float()).squeeze(0)
-    at, away = [], []
-    for dim, pieces in enumerate(tile_axes(shape, tiles, vae.config, to_pixels=direction == "decode"), start=1):
-        jumps = error.diff(dim=dim).abs().mean(dim=[other for other in range(4) if other != dim])
-        edges = {edge for piece in pieces for edge in (piece.write.start, piece.write.stop)}
-        met = {edge - 1 for edge in edges if 0 < edge <= len(jumps)}
-        at += [jumps[place].item() for place in met]
-        away += [jumps[place].item() for place in range(len(jumps)) if place not in met]
-    return math.nan if not at or not sum(away) else (sum(at) / len(at)) / (sum(away) / len(away))
-
-
-def peak_in_child(args: argparse.Namespace, direction: str, frames: int, number: int) -> float:
+def peak_in_child(args: argparse.Namespace, direction: str, size: str, frames: int, number: int) -> float:
     """MiB that a way's pass adds, measured in a process that does nothing else."""
-    command = [sys.executable, "-m", "benchmarks.vae", "--child", direction, str(frames), str(number)]
-    for name in ("weights", "size", "dtype", "device", "seed", "threads", "parts"):
+    command = [sys.executable, "-m", "benchmarks.vae", "--child", direction, size, str(frames), str(number)]
+    for name in ("weights", "dtype", "device", "seed", "threads", "parts"):
         command += [f"--{name}", str(getattr(args, name))]
-    command += ["--budgets", *map(str, args.budgets)]
+    command += ["--budgets", *map(str, args.budgets), *(["--flat", "1"] if args.flat else [])]
     # Freed blocks go back to the system at once, so that the resident size is what is in use.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     found = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
@@ -162,75 +85,95 @@ def peak_in_child(args: argparse.Namespace, direction: str, frames: int, number:
 
 def child(args: argparse.Namespace) -> None:
     """One way's peak, as JSON."""
-    direction, frames, number = args.child[0], int(args.child[1]), int(args.child[2])
-    vae = models_of(args)
-    given = given_of(args, vae, direction, frames)
-    way = _ways(args, vae, direction, frames)[number]
-    small = given[:, :, :1, :8, :8] if direction == "decode" else given[:, :, :1, :64, :64]
-    Way("warm", None).run(vae, direction, small)
-    print(json.dumps(peak_of(lambda: way.run(vae, direction, given), torch.device(args.device))))
+    direction, size, frames, number = args.child[0], args.child[1], int(args.child[2]), int(args.child[3])
+    vae, dtype = models_of(args), DTYPES[args.dtype]
+    given = given_of(args, vae, direction, size, frames).to(dtype)
+    vae, shape = vae.to(dtype), shape_of(vae, size, frames)
+    ways = flat_ways(vae, direction, shape) if args.flat else ways_of(
+        vae, direction, shape, dtype, args.parts, args.budgets
+    )  # fmt: skip
+    warm_up(vae, direction, given)
+    print(json.dumps(peak_of(lambda: ways[number].run(given), torch.device(args.device))))
 
 
-def _ways(args: argparse.Namespace, vae: HunyuanVAE, direction: str, frames: int) -> list[Way]:
-    height, width = (int(side) for side in args.size.split("x"))
-    shape = latents_of_pixels((1, 3, frames, height, width), vae.config)
-    if (args.child is not None and not args.budgets) or args.flat:
-        plan = StreamPlan(
-            exact_levels=1, frames=4, height=shape.height, width=shape.width, windows=1, window_height=shape.height,
-            window_width=shape.width,
+def warm_up(vae: HunyuanVAE, direction: str, given: Tensor) -> None:
+    """What the libraries do once, on a small piece."""
+    untiled(vae, direction, given[:, :, :1, :8, :8] if direction == "decode" else given[:, :, :1, :64, :64])
+
+
+def flat_ways(vae: HunyuanVAE, direction: str, shape: LatentShape) -> list[Way]:
+    """Untiled, and one streaming plan whatever the length."""
+    plan = StreamPlan(
+        exact_levels=1, frames=4, height=shape.height, width=shape.width, windows=1, window_height=shape.height,
+        window_width=shape.width,
+    )  # fmt: skip
+    plain = Way(kind=UNTILED, name="untiled", run=lambda given: untiled(vae, direction, given))
+    return [plain, planned(vae, direction, "ours", "streamed", plan)]
+
+
+def compare(args: argparse.Namespace, vae: HunyuanVAE, direction: str, size: str, frames: int) -> list[Row]:
+    """All ways over one clip in turns; prints each row when its figures are complete."""
+    dtype, shape = DTYPES[args.dtype], shape_of(vae, size, frames)
+    given = given_of(args, vae, direction, size, frames)
+    wanted = untiled(vae, direction, given) if dtype != torch.float32 else None
+    vae, given = vae.to(dtype), given.to(dtype)
+    ways = ways_of(vae, direction, shape, dtype, args.parts, args.budgets)
+    tiles = [way.plan for way in ways if way.kind == OFFICIAL][-1]
+    samples, rows = {way.name: Samples() for way in ways}, []
+    warm_up(vae, direction, given)
+    for repeat, (number, way) in product(range(args.repeats), enumerate(ways)):
+        made, added = measured(way, given, samples[way.name])
+        if way.kind == UNTILED and wanted is None:
+            wanted = made
+        if repeat + 1 < args.repeats:
+            continue
+        exact = made is wanted
+        done = [other for other in reversed(ways) if samples[other.name].cpu_seconds]
+        cpu = {other.kind: samples[other.name].cpu_median for other in done}
+        own, rival = samples[way.name].cpu_median, way.kind not in (UNTILED, OFFICIAL, DIFFUSERS)
+        rows.append(
+            Row(
+                direction=direction, size=size, frames=frames, kind=way.kind, way=way.name,
+                seconds=samples[way.name].median, cpu_seconds=own, to_untiled=own / cpu[UNTILED],
+                as_official=cpu[OFFICIAL] / own if rival else None,
+                as_diffusers=cpu[DIFFUSERS] / own if rival else None,
+                peak_mib=added if args.peaks == "same" else peak_in_child(args, direction, size, frames, number),
+                budget_mib=way.budget_mib, psnr=None if exact else psnr(made, wanted),
+                seams=None if exact else seams(made, wanted, tiles, shape, direction, vae),
+            )
         )  # fmt: skip
-        return [Way("untiled", None), Way("streamed, 4 frames at a time", plan)]
-    return ways_of(vae, direction, shape, DTYPES[args.dtype], args.parts, args.budgets)
+        print("| " + " | ".join(rows[-1].cells()) + " |", flush=True)
+    vae.float()
+    return rows
 
 
-def compare(args: argparse.Namespace, direction: str, frames: int) -> list[Row]:
-    """All ways of one clip, the times in turns."""
-    vae = models_of(args)
-    given, ways = given_of(args, vae, direction, frames), _ways(args, vae, direction, frames)
-    device = torch.device(args.device)
-    wanted = ways[0].run(vae, direction, given)
-    made = [way.run(vae, direction, given) for way in ways]
-    calls: dict[str, Callable[[], object]] = {
-        way.name: (lambda way=way: way.run(vae, direction, given)) for way in ways
-    }
-    samples = alternate(calls, device, repeats=args.repeats, warm_ups=0)
-    tiles = [way.plan for way in ways if way.name.startswith("official")][-1]
-    shape = LatentShape(*(given.shape if direction == "decode" else wanted.shape))
-    return [
-        Row(
-            direction, f"{args.size}x{frames}", way.name,
-            1 / ratio(samples[ways[0].name], samples[way.name])["ratio_cpu"], samples[way.name].median,
-            peak_in_child(args, direction, frames, number), psnr(found, wanted),
-            seams(found, wanted, tiles, shape, direction, vae),
-        )
-        for number, (way, found) in enumerate(zip(ways, made, strict=True))
-    ]  # fmt: skip
+def measured(way: Way, given: Tensor, samples: Samples) -> tuple[Tensor, float]:
+    """A way's result and the MiB that it added; its times go to `samples`."""
+    made: list[Tensor] = []
+
+    def run() -> None:
+        wall, cpu = timed(lambda: made.append(way.run(given)), given.device)
+        samples.seconds.append(wall), samples.cpu_seconds.append(cpu)
+
+    if sys.platform == "linux":
+        # What earlier runs have freed would be used again and not be seen.
+        ctypes.CDLL(None).malloc_trim(0)
+    added = peak_of(run, given.device)["added_bytes"]
+    return made[0], (added or 0) / 2**20
 
 
 def table(rows: list[Row]) -> str:
     """Markdown."""
-    head = ["", "clip", "way", "CPU time to untiled", "seconds", "peak MiB", "PSNR", "seams"]
-    lines = [
-        [row.direction, row.clip, row.way, f"{row.times_as_long:.2f}", f"{row.seconds:.2f}", f"{row.peak_mib:.0f}"]
-        + (["", ""] if row.way == "untiled" else [f"{row.psnr:.1f} dB", f"{row.seams:.2f}"])
-        for row in rows
-    ]
-    return markdown([head, *lines])
-
-
-def markdown(lines: list[list[str]]) -> str:
-    """Rows of cells, the first of them the head."""
-    rows = [f"| {' | '.join(cells)} |" for cells in lines]
-    return "\n".join([rows[0], "|---" * len(lines[0]) + "|", *rows[1:]])
+    return markdown([HEAD, *(row.cells() for row in rows)])
 
 
 def flat_table(args: argparse.Namespace) -> str:
     """Peak memory over the number of frames, untiled and streamed."""
     lines = [["frames", "pixels MiB", *(f"{d} {way} MiB" for d in DIRECTIONS for way in ("untiled", "streamed"))]]
-    height, width = (int(side) for side in args.size.split("x"))
-    args.budgets = []
+    size = args.size[0]
+    height, width = (int(side) for side in size.split("x"))
     for frames in args.flat:
-        peaks = [peak_in_child(args, direction, frames, number) for direction in DIRECTIONS for number in (0, 1)]
+        peaks = [peak_in_child(args, direction, size, frames, number) for direction in DIRECTIONS for number in (0, 1)]
         lines.append([str(frames), f"{frames * height * width * 12 / 2**20:.0f}", *(f"{peak:.0f}" for peak in peaks)])
     return markdown(lines)
 
@@ -239,7 +182,7 @@ def parser() -> argparse.ArgumentParser:
     """The options."""
     found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     found.add_argument("--weights", choices=("nano", "wide"), default="nano")
-    found.add_argument("--size", default="128x192", help="HEIGHTxWIDTH in pixels")
+    found.add_argument("--size", nargs="+", default=["128x192"], help="HEIGHTxWIDTH in pixels")
     found.add_argument("--frames", type=int, nargs="+", default=[33])
     found.add_argument("--flat", type=int, nargs="+", help="only peak memory, for these numbers of frames")
     found.add_argument("--parts", type=int, default=2, help="official tiles on each side of a frame")
@@ -250,8 +193,10 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--threads", type=int, default=1)
     found.add_argument("--repeats", type=int, default=1)
     found.add_argument("--seed", type=int, default=1)
-    found.add_argument("--out", type=Path, help="folder for vae.json")
-    found.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
+    found.add_argument("--peaks", choices=("own", "same"), default="own", help="of a process of its own, or as timed")
+    found.add_argument("--out", type=Path, help="folder for the figures")
+    found.add_argument("--plot", type=Path, help="picture of them over the number of frames")
+    found.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
     return found
 
 
@@ -263,12 +208,27 @@ def main() -> None:
         return child(args)
     if args.flat:
         return print(flat_table(args))
-    rows = [row for frames in args.frames for direction in args.direction for row in compare(args, direction, frames)]
-    print(table(rows))
-    if args.out:
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "vae.json").write_text(json.dumps([asdict(row) for row in rows], indent=1))
+    vae, rows = models_of(args), []
+    for size, frames, direction in product(args.size, args.frames, args.direction):
+        rows += kept(args, vae, direction, size, frames)
+    print(f"\n{table(rows)}")
+    if args.plot:
+        plot(rows, args.plot)
     return None
+
+
+def kept(args: argparse.Namespace, vae: HunyuanVAE, direction: str, size: str, frames: int) -> list[Row]:
+    """The rows of one clip, from the folder where they lie there."""
+    if args.out is None:
+        return compare(args, vae, direction, size, frames)
+    what = (args.weights, args.dtype, size, str(frames), direction, f"parts{args.parts}", f"seed{args.seed}")
+    path = args.out / f"vae-{'-'.join(what)}.json"
+    if path.exists():
+        return [Row(**row) for row in json.loads(path.read_text())]
+    rows = compare(args, vae, direction, size, frames)
+    args.out.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    return rows
 
 
 if __name__ == "__main__":

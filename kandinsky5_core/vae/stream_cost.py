@@ -28,6 +28,11 @@ class Unit:
     @property
     def work(self) -> float:
         """Multiplications for each pixel of each frame; attention's own, which grows with the clip, left out."""
+        return self.plain_work * (self.phase_taps / 27 if self.kind == "up" else 1)
+
+    @property
+    def plain_work(self) -> float:
+        """The same where upsampling and its convolution come one after the other, as in the plain pass."""
         taps = {"resnet": 27, "plain": 1, "attention": 1}.get(self.kind, 27)
         pairs = self.wide_in * self.wide_out
         if self.kind == "resnet":
@@ -38,6 +43,26 @@ class Unit:
         return taps * pairs / (time * space**2)
 
     @property
+    def doubles_time(self) -> bool:
+        """Whether an upsampling makes two frames of one."""
+        return self.after[0] < self.before[0]
+
+    @property
+    def phases(self) -> int:
+        """Outputs that an upsampling makes of one position, each with a kernel of its own."""
+        return 8 if self.doubles_time else 4
+
+    @property
+    def phase_taps(self) -> int:
+        """Taps of such a kernel."""
+        return 8 if self.doubles_time else 12
+
+    @property
+    def folded(self) -> int:
+        """Elements of such kernels, which are made for a pass."""
+        return self.phases * self.phase_taps * self.wide_in * self.wide_out if self.kind == "up" else 0
+
+    @property
     def reach(self) -> int:
         """Pixels to each side that one output depends on, in its own layers."""
         time, space = (self.after if self.kind == "up" else self.before)  # noqa: RUF059
@@ -45,10 +70,9 @@ class Unit:
 
     def kept(self) -> float:
         """Elements a pixel of the area that its convolutions keep between pieces: the last frames of their inputs."""
-        past = {"plain": 0, "attention": 0}.get(self.kind, 2)
-        time, space = (self.after if self.kind == "up" else self.before)  # noqa: RUF059
+        past = {"plain": 0, "attention": 0, "up": 1 if self.doubles_time else 2}.get(self.kind, 2)
         wide = self.wide_in + (self.wide_out if self.kind == "resnet" else 0)
-        return past * wide / space**2
+        return past * wide / self.before[1] ** 2
 
 
 def decoder_costs(config: VAEConfig) -> list[Unit]:
@@ -121,19 +145,21 @@ def _layered(unit: Unit, frames: int, piece: int, area: float) -> float:
     def clip(width: int, scale: tuple[int, int], count: int = frames) -> float:
         return width * frames_at(count, scale[0]) * area / scale[1] ** 2
 
-    def padded(width: int, scale: tuple[int, int]) -> float:
-        return width * (frames_at(piece, scale[0]) + 2) * area / scale[1] ** 2
+    def joining(width: int, scale: tuple[int, int]) -> float:
+        """A padded piece behind the frames kept, while these are still there themselves."""
+        return width * (frames_at(piece, scale[0]) + 4) * area / scale[1] ** 2
 
     source, result = clip(unit.wide_in, unit.before), clip(unit.wide_out, unit.after)
     if unit.kind == "resnet":
         held = max(2 * result, source)
         wide = max(unit.wide_in, unit.wide_out)
-        return held + clip(wide, unit.before, piece) + padded(wide, unit.before)
+        return held + clip(wide, unit.before, piece) + joining(wide, unit.before)
     if unit.kind == "attention":
         return 3 * source + 5 * clip(unit.wide_in, unit.before, piece)
     if unit.kind == "up":
-        return max(source, result) + clip(unit.wide_in, unit.after, piece) + padded(unit.wide_in, unit.after)
-    return max(source, result) + clip(unit.wide_in, unit.before, piece) + padded(unit.wide_in, unit.before)
+        phase = clip(unit.wide_out, unit.after, piece) / unit.phases
+        return max(source, result) + joining(unit.wide_in, unit.before) + phase + unit.folded
+    return max(source, result) + clip(unit.wide_in, unit.before, piece) + joining(unit.wide_in, unit.before)
 
 
 def streamed_elements(units: Sequence[Unit], piece: int, limit: int, area: float) -> float:
@@ -143,7 +169,7 @@ def streamed_elements(units: Sequence[Unit], piece: int, limit: int, area: float
         piece: pixel frames that come in together.
         limit: pixel frames that go on together; what waits for its turn is held.
     """
-    kept = sum(unit.kept() for unit in units) * area
+    kept = sum(unit.kept() * area + unit.folded for unit in units)
     waiting, most = 0.0, 0.0
     frames = piece
     for unit in units:
@@ -158,12 +184,11 @@ def _working(unit: Unit, frames: int) -> float:
     """Elements a pixel of the area while one piece is in a unit: input, what is normalised, its padded copy, output."""
     (time, space), wide = unit.before, unit.wide_in
     if unit.kind == "up":
-        (time, space) = unit.after
+        made = unit.wide_out * frames_at(frames, unit.after[0]) / unit.after[1] ** 2
+        return made * (1 + 1 / unit.phases) + wide * (frames_at(frames, time) + 2) / space**2
     count = frames_at(frames, time)
     first = wide * (3 * count + 2)
     if unit.kind == "resnet":
         convolving = wide * (count + 2) + (unit.wide_out + (wide if wide == unit.wide_out else unit.wide_out)) * count
         first = max(first, convolving, unit.wide_out * (3 * count + 2))
-    if unit.kind == "up":
-        first = wide * (2 * count + 2)
     return first / space**2

@@ -22,6 +22,8 @@ WORKSPACE = 1.25
 """Room for what a convolution kernel takes beside its input and output."""
 PIECES = (16, 8, 4, 2, 1)
 """Pixel frames at a time, best first: more frames copy less of what is carried."""
+CARRYING = 0.15
+"""What carrying costs with one frame at a time, as a share of the work: copies, and on a CPU no pairs of frames."""
 WINDOW_FRAMES = 5
 """Pixel frames of one sample: two latent frames, the first of them mostly context."""
 LATENTS_PER_WINDOW = 10
@@ -156,21 +158,22 @@ def stream_bytes(
 
 
 def stream_work(plan: StreamPlan, latent_shape: Sequence[int], config: VAEConfig, *, direction: str) -> float:
-    """Convolutions' work as a multiple of the plain pass's: margins and samples are computed beside it."""
+    """Convolutions' work as a multiple of the plain pass's: margins and samples come beside it, upsampling is less."""
     shape = LatentShape(*latent_shape)
     costs = Costs.of(config, direction, plan.exact_levels)
     exact, fine = (sum(unit.work for unit in units) for units in (costs.exact, costs.fine))
+    plain = sum(unit.plain_work for unit in (*costs.exact, *costs.fine))
     cells = shape.height * shape.width
     read = sum(tile.cells for tile in plan.tiles(shape))
     clip = VideoShape.from_latent(shape, config)
     sampled = plan.windows * min(WINDOW_FRAMES, clip.frames) * plan.window_height * plan.window_width
-    return (exact + fine * (read / cells + sampled / (cells * clip.frames))) / (exact + fine)
+    return (exact + fine * (read / cells + sampled / (cells * clip.frames))) / plain
 
 
 def plan_stream(
     latent_shape: Sequence[int], config: VAEConfig, *, direction: str, budget_bytes: int, bytes_per_element: int = 2
 ) -> StreamPlan | None:
-    """The plan of least work that fits; exact where all levels fit; None where nothing does.
+    """The plan of least work and carrying that fits; exact where all levels fit; None where nothing does.
 
     Args:
         latent_shape: (B, C, T, h, w), of the latents to decode or of those that pixels are encoded to.
@@ -190,19 +193,26 @@ def plan_stream(
     found = [
         plan
         for exact_levels in range(levels - 1, 0, -1)
-        if (plan := _first_fitting(_tilings(shape, config, direction, exact_levels), fits, shape))
+        for frames in PIECES[2:]
+        if (plan := _first_fitting(_tilings(shape, config, direction, exact_levels, frames), fits, shape))
     ]
+
+    def cost(plan: StreamPlan) -> float:
+        return stream_work(plan, shape, config, direction=direction) * (1 + CARRYING / plan.frames)
+
     # Where work is the same, more levels exact.
-    return min(found, key=lambda plan: stream_work(plan, shape, config, direction=direction), default=None)
+    return min(found, key=cost, default=None)
 
 
-def _tilings(shape: LatentShape, config: VAEConfig, direction: str, exact_levels: int) -> Iterator[StreamPlan]:
-    """Plans with so many levels exact, least work first, each with the shortest pieces and the smallest samples."""
+def _tilings(
+    shape: LatentShape, config: VAEConfig, direction: str, exact_levels: int, frames: int
+) -> Iterator[StreamPlan]:
+    """Plans with so many levels exact, least work first, each with the smallest samples."""
     margin = Costs.of(config, direction, exact_levels).margin(config)
     window_height, window_width = _window_sizes(shape)[-1]
     for height, width in _tile_sizes(shape, margin):
         yield StreamPlan(
-            exact_levels=exact_levels, frames=PIECES[-1], height=height, width=width, margin=margin,
+            exact_levels=exact_levels, frames=frames, height=height, width=width, margin=margin,
             windows=num_windows(shape.frames), window_height=window_height, window_width=window_width,
         )  # fmt: skip
 
@@ -218,6 +228,7 @@ def _first_fitting(
         replace(least, window_height=height, window_width=width, frames=frames)
         for height, width in _window_sizes(shape)
         for frames in PIECES
+        if frames >= least.frames
     )
     return next(filter(fits, larger), least)
 

@@ -19,15 +19,17 @@ from kandinsky5_core.request import Request
 from kandinsky5_core.shapes import LatentShape, VideoShape
 from kandinsky5_core.vae import within
 from kandinsky5_core.vae.hunyuan import passes
-from kandinsky5_core.vae.hunyuan.carry import CarriedConv, Repeat
+from kandinsky5_core.vae.hunyuan.carry import CarriedConv, CarriedUpsample
+from kandinsky5_core.vae.hunyuan.convolve import convolve, in_pairs
 from kandinsky5_core.vae.hunyuan.layered import layered
 from kandinsky5_core.vae.hunyuan.layers import CausalConv3d, Upsample
 from kandinsky5_core.vae.hunyuan.model import HunyuanVAE
 from kandinsky5_core.vae.hunyuan.norms import moments_over, normed
 from kandinsky5_core.vae.hunyuan.passes import decode_streamed, encode_streamed
 from kandinsky5_core.vae.hunyuan.units import decoder_units, encoder_units
+from kandinsky5_core.vae.hunyuan.upsample import fold_kernels
 from kandinsky5_core.vae.pass_plan import describe, is_plain, plan_bytes, plan_pass
-from kandinsky5_core.vae.stream_cost import decoder_costs, encoder_costs
+from kandinsky5_core.vae.stream_cost import Unit, decoder_costs, encoder_costs
 from kandinsky5_core.vae.stream_plan import Costs, StreamPlan, plan_stream, stream_bytes, stream_work
 from kandinsky5_core.vae.tile_plan import TilePlan, activation_bytes, tile_work
 from kandinsky5_core.vae.tiling import decode_tiled, encode_tiled
@@ -141,10 +143,34 @@ def test_a_carried_convolution_is_that_of_the_clip_for_any_split(kernel, stride,
 @settings(deadline=None, database=None, max_examples=25)
 @given(lengths=st.lists(st.integers(1, 3), min_size=1, max_size=6), in_time=st.sampled_from([1, 2]))
 def test_pieces_are_upsampled_as_the_clip(lengths, in_time):
-    layer = Upsample(2, (in_time, 2, 2), ops=torch.nn)
-    layer.conv = torch.nn.Identity()
-    repeat, clip = Repeat(layer), torch.randn(1, 2, sum(lengths), 3, 4)
-    assert torch.equal(torch.cat([repeat(piece) for piece in clip.split(lengths, dim=2)], dim=2), layer(clip))
+    layer = Upsample(3, (in_time, 2, 2), ops=torch.nn)
+    carried, clip = CarriedUpsample(layer), torch.randn(1, 3, sum(lengths), 4, 5)
+    with torch.no_grad():
+        made = [carried.convolve(carried.join(piece)) for piece in clip.split(lengths, dim=2)]
+        torch.testing.assert_close(torch.cat(made, dim=2), layer(clip), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("in_time", [1, 2])
+def test_costs_know_the_folded_kernels(in_time):
+    layer = Upsample(3, (in_time, 2, 2), ops=torch.nn)
+    kernels = fold_kernels(layer, torch.zeros(1))
+    cost = Unit(kind="up", wide_in=3, wide_out=3, before=(in_time, 2), after=(1, 1))
+    assert cost.phases == len(kernels) and cost.folded == sum(kernel.numel() for kernel in kernels.values())
+    assert {kernel[0, 0].numel() for kernel in kernels.values()} == {cost.phase_taps}
+    assert cost.work / cost.plain_work == pytest.approx(8 / 27 if in_time == 2 else 12 / 27)
+    total = layer.conv.conv.weight.sum(dim=(2, 3, 4))
+    assert all(torch.allclose(kernel.sum(dim=(2, 3, 4)), total, atol=1e-5) for kernel in kernels.values())
+
+
+@pytest.mark.parametrize("frames", [2, 3, 8])
+def test_pairs_of_frames_are_the_convolution_as_near_as_the_plain_sum(frames):
+    conv = torch.nn.Conv3d(40, 36, 3)
+    x = torch.randn(1, 40, frames + 2, 18, 18)
+    with torch.no_grad():
+        true = torch.nn.functional.conv3d(x.double(), conv.weight.double(), conv.bias.double())
+        errors = [(made - true).square().mean().sqrt() for made in (in_pairs(x, conv.weight, conv.bias), conv(x))]
+        assert torch.equal(convolve(conv, x), in_pairs(x, conv.weight, conv.bias)), "large enough for pairs"
+    assert errors[0] < 1.5 * errors[1] < 1e-5
 
 
 def test_statistics_of_pieces_are_those_of_the_clip():
@@ -245,6 +271,21 @@ def test_a_plan_for_any_size_fits_its_budget_and_covers_the_clip(size, budget_mi
         for frame, row, column in plan.window_places(shape):
             assert frame < shape.frames
             assert row + plan.window_height <= shape.height and column + plan.window_width <= shape.width
+
+
+@DIRECTIONS
+def test_one_frame_at_a_time_is_taken_only_where_it_saves_more_than_its_copies(direction):
+    shape, sizes = VideoShape(1, 121, 512, 768).latent_shape(HUNYUAN_VAE), {"direction": direction}
+    frames = [
+        plan_stream(shape, HUNYUAN_VAE, budget_bytes=mib * MIB, **sizes).frames for mib in (900, 2048, 4096, 16384)
+    ]
+    assert frames[0] == 1 < min(frames[1:])
+
+
+def test_decoding_layer_by_layer_is_less_work_than_the_plain_pass():
+    shape = VideoShape(1, 121, 512, 768).latent_shape(HUNYUAN_VAE)
+    works = {way: stream_work(whole(16, shape[3:]), shape, HUNYUAN_VAE, direction=way) for way in STREAMED}
+    assert works["encode"] == 1 and 0.7 < works["decode"] < 0.8
 
 
 def test_the_released_sizes_stream_with_less_work_than_tiles():

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from .carry import Repeat, conv_of
+from .carry import conv_of
 from .layers import CausalConv3d, Downsample, FrameCausalAttention, ResnetBlock, Upsample
 from .norms import Known, Moments, moments_over, normed, normed_silu
 from .units import Head
@@ -50,11 +50,9 @@ def _run(unit: nn.Module | Head, pieces: list[Tensor], known: Known, separate: b
     if isinstance(unit, Head):
         known[unit.norm] = moments_over(unit.norm, pieces)
         return _convolved(unit.conv, pieces, separate, before=lambda x: normed_silu(unit.norm, known[unit.norm], x))
-    if isinstance(unit, Upsample):
-        return _convolved(unit.conv, pieces, separate, before=Repeat(unit, every_piece_is_first=separate))
     if isinstance(unit, Downsample):
         return _convolved(unit.conv, pieces, separate)
-    if isinstance(unit, CausalConv3d):
+    if isinstance(unit, CausalConv3d | Upsample):
         return _convolved(unit, pieces, separate)
     return [unit(x) for x in _taken(pieces)]
 
@@ -67,8 +65,9 @@ def _taken(pieces: list[Tensor]) -> Iterator[Tensor]:
 
 
 def _convolved(
-    layer: CausalConv3d, pieces: list[Tensor], separate: bool, before: Callable[[Tensor], Tensor] = lambda x: x
-) -> list[Tensor]:
+    layer: CausalConv3d | Upsample, pieces: list[Tensor], separate: bool,
+    before: Callable[[Tensor], Tensor] = lambda x: x,
+) -> list[Tensor]:  # fmt: skip
     conv = conv_of(layer, separate=separate)
 
     def step(x: Tensor) -> Tensor | None:

@@ -29,7 +29,8 @@ class CausalConv3d(nn.Module):
         self.conv = ops.Conv3d(in_channels, out_channels, kernel_size, stride=stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, self.padding, mode="replicate"))
+        # Padding by nothing would be a copy.
+        return self.conv(F.pad(x, self.padding, mode="replicate") if any(self.padding) else x)
 
 
 class ResnetBlock(nn.Module):

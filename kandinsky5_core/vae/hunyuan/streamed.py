@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from torch import Tensor, nn
 
-from .carry import CarriedConv, Repeat
+from .carry import conv_of
 from .layers import CausalConv3d, Downsample, ResnetBlock, Upsample
 from .norms import Known, normed_silu
 from .units import Head
@@ -49,7 +49,7 @@ def _parts(pieces: Iterable[Tensor], limit: int) -> Iterator[Tensor]:
 class _Resnet:
     def __init__(self, block: ResnetBlock, known: Known) -> None:
         self.block, self.known = block, known
-        self.conv1, self.conv2 = CarriedConv(block.conv1), CarriedConv(block.conv2)
+        self.conv1, self.conv2 = conv_of(block.conv1), conv_of(block.conv2)
 
     def __call__(self, x: Tensor) -> Tensor:
         block, known = self.block, self.known
@@ -66,12 +66,10 @@ class _Resnet:
 
 
 class _Conv:
-    def __init__(self, layer: CausalConv3d, before: Repeat | None = None) -> None:
-        self.conv, self.before = CarriedConv(layer), before
+    def __init__(self, layer: CausalConv3d | Upsample) -> None:
+        self.conv = conv_of(layer)
 
     def __call__(self, x: Tensor) -> Tensor | None:
-        if self.before is not None:
-            x = self.before(x)
         joined = self.conv.join(x)
         del x
         return self.conv.convolve(joined)
@@ -79,7 +77,7 @@ class _Conv:
 
 class _Head:
     def __init__(self, head: Head, known: Known) -> None:
-        self.norm, self.moments, self.conv = head.norm, known[head.norm], CarriedConv(head.conv)
+        self.norm, self.moments, self.conv = head.norm, known[head.norm], conv_of(head.conv)
 
     def __call__(self, x: Tensor) -> Tensor:
         joined = self.conv.join(normed_silu(self.norm, self.moments, x))
@@ -92,10 +90,8 @@ def _step(unit: nn.Module | Head, known: Known) -> object:
         return _Resnet(unit, known)
     if isinstance(unit, Head):
         return _Head(unit, known)
-    if isinstance(unit, Upsample):
-        return _Conv(unit.conv, Repeat(unit))
     if isinstance(unit, Downsample):
         return _Conv(unit.conv)
-    if isinstance(unit, CausalConv3d):
+    if isinstance(unit, CausalConv3d | Upsample):
         return _Conv(unit)
     return unit
