@@ -82,7 +82,9 @@ For your own size, or with little CPU memory, ask it (it loads nothing):
 
     kandinsky5 plan --variant lite-t2v-5s-sft --height 512 --width 768 --frames 121 --budget 12
     kandinsky5 plan --variant pro-t2v-5s-sft --budget 24 --cpu-memory 32
+    kandinsky5 plan --variant pro-t2v-5s-sft --budget 24 --cache --compile
     kandinsky5 plan --train job.json
+    kandinsky5 generate --device cuda --budget auto ...
 
 In ComfyUI the node *Kandinsky 5 Memory Plan* says the same, and ComfyUI's own memory management moves the networks.
 There the settings are inputs of nodes:

@@ -94,7 +94,7 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--attention", default="auto", help="auto, dense or nabla (default auto: as trained)")
     parser.add_argument("--engine", default="auto", help="for dense attention: sdpa, flash3, cudnn, flash, "
                         "sage or flex (default auto: the fastest exact one)")  # fmt: skip
-    parser.add_argument("--batch-guidance", default="auto", help="both passes of guidance at once: on, off or auto")
+    parser.add_argument("--batch-guidance", help="both passes of guidance at once: on, off or auto (default auto)")
     parser.add_argument("--compile", action="store_true", help="torch.compile the DiT's blocks; once for all sizes")
     _add_cache(parser).add_argument(
         "--calibrate-cache", nargs="?", const="", metavar="FILE",
@@ -102,7 +102,7 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
         "beside the model, where they are found from then on",
     )  # fmt: skip
     parser.add_argument("--enhance", action="store_true", help="let the text encoder write out the prompt first")
-    parser.add_argument("--vae-budget", type=float, default=DEFAULT_VAE_GIB, help="GiB that the VAE's work may take "
+    parser.add_argument("--vae-budget", type=float, help="GiB that the VAE's work may take "
                         f"(default {DEFAULT_VAE_GIB:g})")  # fmt: skip
     parser.add_argument("--out", type=Path, required=True, help=".mp4, .webm, .gif or .png")
     parser.add_argument("--json", action="store_true", help="print one JSON object about the result")
@@ -124,15 +124,15 @@ def _add_cache(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
 
 def _add_memory(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     memory = parser.add_argument_group("memory")
-    memory.add_argument("--budget", type=float, metavar="GB", help="memory of the device: choose the options below, "
+    memory.add_argument("--budget", metavar="GB", help="memory of the device, or auto: choose the options below, "
                         "--vae-budget and --batch-guidance as `kandinsky5 plan` does")  # fmt: skip
-    memory.add_argument("--weights", default="as-is", choices=WEIGHTS, help="linear layers of the "
+    memory.add_argument("--weights", choices=WEIGHTS, help="linear layers of the "
                         "DiT's blocks in eight bits, half of bf16; needs torchao (default as-is)")  # fmt: skip
-    memory.add_argument("--text-weights", default="as-is", choices=TEXT_WEIGHTS, help="Qwen's layers in "
+    memory.add_argument("--text-weights", choices=TEXT_WEIGHTS, help="Qwen's layers in "
                         "eight bits (torchao) or four (bitsandbytes)")  # fmt: skip
-    memory.add_argument("--swap-blocks", type=int, default=0, metavar="N", help="visual blocks that wait in CPU "
+    memory.add_argument("--swap-blocks", type=int, metavar="N", help="visual blocks that wait in CPU "
                         "memory and come to the device ahead of their turn (default 0)")  # fmt: skip
-    memory.add_argument("--offload", default="stage", choices=OFFLOADS, help="stage (default): each network "
+    memory.add_argument("--offload", choices=OFFLOADS, help="stage (default): each network "
                         "is on the device for its own stage only; none: all stay there")  # fmt: skip
     return memory
 
@@ -239,6 +239,8 @@ def _add_plan(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--guidance", type=float, help="1 is none (default the variant's)")
     parser.add_argument("--attention", choices=("auto", "dense", "nabla"), default="auto")
     parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), default="bf16", help="default bf16")
+    parser.add_argument("--cache", action="store_true", help="with a step cache, which keeps tokens on the device")
+    parser.add_argument("--compile", action="store_true", help="with compiled blocks, which take more at once")
     parser.add_argument("--budget", type=float, metavar="GB", help="memory of the card (default: a table of 8 to 80)")
     parser.add_argument("--cpu-memory", type=float, metavar="GB", help="memory beside it (default: not looked at)")
     parser.add_argument("--train", type=Path, metavar="JOB", help="job.json: what its steps need instead")

@@ -11,11 +11,12 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from .attention.engines import probe_engines
-from .fitting import fitted
+from .fitting import budget_bytes, fitted, job_of_request
 from .loading import DTYPES, ModelFiles, check_device, check_memory, find_files, load_files, resolve_dtype
 from .media import check_output, read_image, read_video, write_image, write_video
 from .memory.apply import compile_blocks
@@ -46,14 +47,17 @@ def generate_command(args: argparse.Namespace) -> dict[str, object]:
         args.model, text_encoder=args.text_encoder, clip=args.clip, vae=args.vae, tokenizers=args.tokenizers,
         variant_name=args.variant,
     )  # fmt: skip
-    memory = memory_of(args)
+    planned = check_left_open(args, device)
     request = request_of(args, files.variant.tasks[0])
     if not files.variant_named:
         files = replace(files, variant=fitting_variant(request, files.variant))
     request = resolve(request, files.variant)
-    if args.budget is not None:
-        check_left_open(args)
-        request, memory, choice = fitted(request, files.variant, resolve_dtype(args.dtype, device), args.budget)
+    memory = memory_of(args)
+    if planned:
+        job = job_of_request(
+            request, files.variant, resolve_dtype(args.dtype, device), enhanced=args.enhance, compiled=args.compile
+        )
+        request, memory, choice = fitted(request, job, budget_bytes(args.budget, device))
         tqdm.write(choice_text(choice), file=sys.stderr)
     check_memory(memory, files.variant)
     if request.cache_ratios is not None:
@@ -105,15 +109,20 @@ PLANNED = {
 """Options that `--budget` chooses, with their defaults."""
 
 
-def check_left_open(args: argparse.Namespace) -> None:
-    """Refuse options beside `--budget` that it chooses.
+def check_left_open(args: argparse.Namespace, device: torch.device) -> bool:
+    """Whether `--budget` chooses the memory options; those that were not given get their defaults.
 
     Raises:
-        ValueError: names them.
+        ValueError: some were given beside it, or the device is a CPU, where its savings would only cost.
     """
-    given = [f"--{name.replace('_', '-')}" for name, default in PLANNED.items() if getattr(args, name) != default]
-    if given:
+    given = [f"--{name.replace('_', '-')}" for name in PLANNED if getattr(args, name) is not None]
+    if args.budget is not None and given:
         raise ValueError(f"--budget chooses {', '.join(given)} itself; leave out one or the other")
+    if args.budget is not None and device.type == "cpu":
+        raise ValueError("--budget fits a job into an accelerator's memory; add --device cuda, or leave it out")
+    for name, default in PLANNED.items():
+        setattr(args, name, default if getattr(args, name) is None else getattr(args, name))
+    return args.budget is not None
 
 
 def calibration_path(named: str, files: ModelFiles, request: Request) -> Path:

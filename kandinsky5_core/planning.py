@@ -35,7 +35,9 @@ def job_of(args: argparse.Namespace) -> Job:
     )  # fmt: skip
     guided = job.guided if args.guidance is None else args.guidance != 1
     nabla = {"auto": row.nabla, "dense": None, "nabla": row.nabla or NablaConfig(mass=0.9)}[args.attention]
-    return replace(job, guided=guided, nabla=nabla, element_size=ELEMENT_SIZES[args.dtype])
+    return replace(
+        job, guided=guided, nabla=nabla, element_size=ELEMENT_SIZES[args.dtype], cached=args.cache, whole=args.compile
+    )
 
 
 def plan_command(args: argparse.Namespace) -> tuple[str, object]:

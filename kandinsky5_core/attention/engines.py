@@ -23,6 +23,7 @@ from .flex import compiled_dense_flex
 
 PROBE_ERROR = 0.1
 """How far an engine may be from PyTorch on random numbers; a broken kernel is further away."""
+PROBE_HEAD = 64
 Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -153,10 +154,22 @@ class Engines:
             if problem is None and self.capability < engine.auto_from:
                 problem = f"taken by itself from compute capability {engine.auto_from} on"
             if problem is None:
+                problem = self._refused(name, head_dim, dtype)
+            if problem is None:
                 told = f"{name} ({'; '.join(passed)})" if passed else name
                 return ChosenEngine(name=name, attend=masks_by_sdpa(self.kernels[name]), told=told)
             passed.append(f"{name}: {problem}")
         return ChosenEngine(name="sdpa", attend=dense_attention, told=f"sdpa ({'; '.join(passed)})")
+
+    def _refused(self, name: str, head_dim: int, dtype: torch.dtype) -> str | None:
+        """Why it does not work with the heads that it is wanted for; what was probed before had heads of 64 in bf16."""
+        if (head_dim, dtype) == (PROBE_HEAD, torch.bfloat16):
+            return None
+        try:
+            _probed(ENGINES[name], self.device, head_dim=head_dim, dtype=dtype)
+        except _Unusable as found:
+            return str(found)
+        return None
 
     def _problem(self, name: str, head_dim: int, dtype: torch.dtype) -> str | None:
         if name in self.problems:
@@ -216,7 +229,9 @@ def _check_found(engine: Engine, device: torch.device) -> None:
             raise _Unusable(f"not made for compute capability {major}")
 
 
-def _probed(engine: Engine, device: torch.device, *, head_dim: int = 64, dtype: torch.dtype = torch.bfloat16) -> Kernel:
+def _probed(
+    engine: Engine, device: torch.device, *, head_dim: int = PROBE_HEAD, dtype: torch.dtype = torch.bfloat16
+) -> Kernel:
     with warnings.catch_warnings(record=True) as said:  # PyTorch warns of why a backend refuses, and raises without.
         warnings.simplefilter("always")
         try:
@@ -236,7 +251,7 @@ def _probed(engine: Engine, device: torch.device, *, head_dim: int = 64, dtype: 
 
 @torch.no_grad()
 def probe_error(
-    kernel: Kernel, device: torch.device | str, *, head_dim: int = 64, dtype: torch.dtype = torch.bfloat16
+    kernel: Kernel, device: torch.device | str, *, head_dim: int = PROBE_HEAD, dtype: torch.dtype = torch.bfloat16
 ) -> float:
     """Largest difference of `kernel` to PyTorch on 256 random tokens of two heads, which lie as the DiT's do."""
     generator = torch.Generator().manual_seed(0)

@@ -25,6 +25,8 @@ CAST_NUMBERS = 2**20
 PIECE_NUMBERS_CPU, PIECE_NUMBERS, MATMUL_PIECE = 2**18, 2**24, 2**24
 """Numbers that are computed in fp32 at a time without gradients: on the CPU what stays in the cache, elsewhere enough
 to keep a device busy. A long clip's copies in fp32 would be the most that a block holds."""
+QUARTERS = 4
+"""Pieces of a long clip in the feed-forward, which are no smaller than `MATMUL_PIECE` numbers."""
 
 
 def in_fp32(layer: nn.Module, x: Tensor) -> Tensor:
@@ -79,7 +81,8 @@ def normed_heads(layer: nn.Module, x: Tensor, rope: Rope | None) -> Tensor:
 def in_pieces(compute: Callable[..., Tensor], out: Tensor, *inputs: Tensor, most: int = 0) -> Tensor:
     """`compute(*inputs)` put into `out`, some tokens at a time; all are (B, S, ..), or (S, ..) what the batch shares.
 
-    Each token is computed on its own, so the pieces change no bit. `out` may be one of the inputs.
+    Each token is computed on its own, so the pieces change no bit but where a matrix product takes another kernel for
+    fewer rows. `out` may be one of the inputs.
     """
     most = most or (PIECE_NUMBERS_CPU if out.device.type == "cpu" else PIECE_NUMBERS)
     rows = max(1, most * out.shape[1] // max(1, out.numel()))
@@ -105,12 +108,14 @@ def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 def gated_add(x: Tensor, gate: Tensor, update: Tensor) -> Tensor:
-    """x + gate*update in fp32, back in x's dtype; without gradients it lies where `update` did."""
+    """x + gate*update in fp32, back in x's dtype; without gradients it mostly lies where `update` did."""
 
     def compute(part: Tensor, added: Tensor) -> Tensor:
         return (gate * added.float()).add_(part)
 
-    return in_pieces(compute, update, x, update) if takes_pieces() else compute(x, update).to(x.dtype)
+    if not takes_pieces():
+        return compute(x, update).to(x.dtype)
+    return in_pieces(compute, update if update.dtype == x.dtype else torch.empty_like(x), x, update)
 
 
 class Modulation(nn.Module):
@@ -168,9 +173,11 @@ class FeedForward(nn.Module):
         self.out_layer = ops.Linear(ff_dim, model_dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        # The hidden numbers would be the most that a block holds; but weights that come from elsewhere come once.
-        if takes_pieces() and x.numel() > MATMUL_PIECE and self.is_at_hand(x):
-            return in_pieces(self.whole, torch.empty_like(x), x, most=MATMUL_PIECE)
+        # The hidden numbers would be the most that a block holds. In quarters they no longer are, and weights in few
+        # bits, which are unpacked for each piece, are so four times at most; those that come from elsewhere come once.
+        most = max(MATMUL_PIECE, -(-x.numel() // QUARTERS))
+        if takes_pieces() and x.numel() > most and self.is_at_hand(x):
+            return in_pieces(self.whole, torch.empty_like(x), x, most=most)
         return self.whole(x)
 
     def whole(self, x: Tensor) -> Tensor:

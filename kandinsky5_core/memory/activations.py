@@ -22,7 +22,7 @@ MAX_SCORES = 2**24
 """Of `attention.block_mask`: entries of the pooled map that are sorted at a time."""
 CAST_NUMBERS = 2**20
 """Of `dit.layers`, as the three below: weights cast at a time, and numbers of the tokens computed at a time."""
-PIECE_NUMBERS_CPU, PIECE_NUMBERS, MATMUL_PIECE = 2**18, 2**24, 2**24
+PIECE_NUMBERS_CPU, PIECE_NUMBERS, MATMUL_PIECE, QUARTERS = 2**18, 2**24, 2**24, 4
 GATHERED_NUMBERS_CPU = 2**20
 """Of `attention.gather`: numbers of the keys, and of the values, that are copied together at a time."""
 SORT_BYTES = 29
@@ -33,12 +33,21 @@ MASK_BYTES = 5
 """An entry of the block mask: the mask itself, and its list of blocks."""
 
 
-def block_bytes(config: DiTConfig, tokens: int, element_size: int, *, on_cpu: bool = False) -> int:
+UNPACKED_BYTES = {"fp8": 10, "int8": 2}
+"""A number of a weight that torchao unpacks for a product, with the copies on the way."""
+
+
+def block_bytes(
+    config: DiTConfig, tokens: int, element_size: int, *, on_cpu: bool = False, whole: bool = False
+) -> int:  # fmt: skip
     """Of one block's forward pass over `tokens`, its input included.
 
     It peaks in self-attention (input, normed, query, key, value, and the attended ones), or, where the tokens are few,
     while keys are rotated (a normed and an fp32 copy, the product, and two roundings, of one piece) or in the
     feed-forward (input, stream, normed, result where it has pieces; hidden and result of one).
+
+    Args:
+        whole: The feed-forward has no pieces: in compiled blocks, and where ComfyUI casts weights at every call.
     """
     stream = tokens * config.model_dim * element_size
     piece = min(tokens * config.model_dim, PIECE_NUMBERS_CPU if on_cpu else PIECE_NUMBERS)
@@ -47,16 +56,17 @@ def block_bytes(config: DiTConfig, tokens: int, element_size: int, *, on_cpu: bo
     # The rotary table as complex numbers, which is made for each use of it.
     table = FP32 * config.head_dim * (piece // config.model_dim)
     rotating = 5 * stream + piece * (element_size + copied + FP32 + rounded) + table
-    matmul = min(tokens * config.model_dim, MATMUL_PIECE)
+    numbers = tokens * config.model_dim
+    matmul = numbers if whole else min(numbers, max(MATMUL_PIECE, ceil(numbers / QUARTERS)))
     hidden = matmul // config.model_dim * config.ff_dim
-    together = 3 * stream if matmul == tokens * config.model_dim else 4 * stream
+    together = 3 * stream if matmul == numbers else 4 * stream
     feeding = together + element_size * (hidden + matmul)
     return max(6 * stream, rotating, feeding)
 
 
 def dit_bytes(
     config: DiTConfig, num_tokens: int, element_size: int, *, batch: int = 1, text_tokens: int = 256,
-    nabla: bool = False, on_cpu: bool = False,
+    nabla: bool = False, on_cpu: bool = False, whole: bool = False,
 ) -> int:  # fmt: skip
     """Of one evaluation of the DiT, its inputs not counted.
 
@@ -64,8 +74,9 @@ def dit_bytes(
         num_tokens: S; under NABLA padded to whole token blocks.
         nabla: With NABLA's block mask.
         on_cpu: There weights and tokens are cast to fp32 in smaller parts.
+        whole: As of `block_bytes`.
     """
-    visual = block_bytes(config, batch * num_tokens, element_size, on_cpu=on_cpu)
+    visual = block_bytes(config, batch * num_tokens, element_size, on_cpu=on_cpu, whole=whole)
     if nabla:
         visual = max(visual, nabla_bytes(config, num_tokens, element_size, batch=batch, on_cpu=on_cpu))
     refined = batch * text_tokens * config.model_dim * element_size
@@ -94,6 +105,14 @@ def nabla_bytes(
         5 * stream + MASK_BYTES * entries + LIST_BYTES * sorted_at_once,
         6 * stream + MASK_BYTES * entries + gathered,
     )
+
+
+def step_cache_bytes(
+    config: DiTConfig, num_tokens: int, element_size: int, *, batch: int, evaluations: int, guided: bool
+) -> int:  # fmt: skip
+    """What MagCache keeps on the device: the tokens of an evaluation before its blocks, and what these added to the
+    tokens of each pass of guidance."""
+    return (evaluations + (2 if guided else 1)) * batch * num_tokens * config.model_dim * element_size
 
 
 def sampler_bytes(latent_shape: Sequence[int], config: DiTConfig, element_size: int, *, evaluations: int) -> int:

@@ -37,6 +37,19 @@ class Job:
     """Of the caption; 0: as many as the variant takes."""
     element_size: int = 2
     """Bytes of a number in the run's dtype."""
+    cached: bool = False
+    """With a step cache."""
+    enhanced: bool = False
+    """The text encoder writes the prompt out first."""
+    whole: bool = False
+    """The feed-forward takes all tokens at once: in compiled blocks, or with weights that ComfyUI casts."""
+    given_frames: int = 0
+    """Frames of a given clip to encode; 0: as the task says, one picture or nothing."""
+
+    @property
+    def encoded_frames(self) -> int:
+        """Frames that the VAE encodes."""
+        return self.given_frames or (1 if self.task in ("i2v", "i2i") else 0)
 
     @property
     def caption_tokens(self) -> int:
@@ -105,7 +118,7 @@ def estimate(job: Job, settings: Settings) -> tuple[Need, ...]:
     """
     weights = network_bytes(job, settings)
     stages = [("text", "text", text_work(job))]
-    if job.task in ("i2v", "i2i"):
+    if job.encoded_frames:
         stages.append(("vae_encode", "vae", vae_work(job, settings, "encode")))
     stages.append(("dit", "dit", dit_work(job, settings)))
     stages.append(("vae_decode", "vae", vae_work(job, settings, "decode")))
@@ -132,7 +145,9 @@ def network_bytes(job: Job, settings: Settings) -> dict[str, int]:
     swapped = memory.swap_blocks * block
     whole = parameters.dit(config).num_bytes(memory.weights, job.element_size)
     return {
-        "text": parameters.text_sizes(job.variant).num_bytes(memory.text_weights, job.element_size),
+        "text": parameters.text_sizes(job.variant).num_bytes(
+            memory.text_weights, job.element_size, head=job.enhanced
+        ),
         "dit": whole - swapped + slot_bytes(job, settings),
         "vae": parameters.vae(job.variant.vae) * job.element_size,
         "swapped": swapped,
@@ -169,17 +184,22 @@ def dit_work(job: Job, settings: Settings) -> int:
     latents = job.shape.latent_shape(job.variant.vae)
     step = activations.dit_bytes(
         config, job.num_tokens, job.element_size, batch=job.shape.batch * evaluations, text_tokens=job.caption_tokens,
-        nabla=job.nabla is not None,
+        nabla=job.nabla is not None, whole=job.whole,
     )  # fmt: skip
     around = activations.sampler_bytes(latents, config, job.element_size, evaluations=evaluations)
+    step += activations.UNPACKED_BYTES.get(settings.memory.weights, 0) * config.ff_dim * config.model_dim
+    if job.cached:
+        step += activations.step_cache_bytes(
+            config, job.num_tokens, job.element_size, batch=job.shape.batch, evaluations=evaluations, guided=job.guided
+        )
     return step + around + activations.rope_bytes(config, job.num_tokens) + conditioning_bytes(job)
 
 
 def vae_work(job: Job, settings: Settings, direction: str) -> int:
-    """A VAE pass with what it reads: latents to decode; the first frame, or the picture, to encode."""
+    """A VAE pass with what it reads: latents to decode; the first frame, the picture or a clip to encode."""
     shape = job.shape
     if direction == "encode":
-        shape = shape._replace(frames=1)
+        shape = shape._replace(frames=job.encoded_frames)
     passed = activations.vae_bytes(
         shape, job.variant.vae, direction, budget=settings.vae_budget_bytes, element_size=job.element_size
     )

@@ -117,9 +117,10 @@ class TextSizes:
         rest = Counts(matrices=0, rows=0, rest=(self.vocabulary + 1) * self.dim + self.vision)
         return self.qwen_layer() * self.layers + rest
 
-    def num_bytes(self, text_weights: str, element_size: int) -> int:
-        """Both encoders."""
-        return self.qwen().num_bytes(text_weights, element_size) + 4 * self.clip
+    def num_bytes(self, text_weights: str, element_size: int, *, head: bool = False) -> int:
+        """Both encoders; `head`: with what writes text, which stays wide."""
+        written = self.vocabulary * self.dim * element_size if head else 0
+        return self.qwen().num_bytes(text_weights, element_size) + 4 * self.clip + written
 
 
 def text_sizes(variant: Variant) -> TextSizes:

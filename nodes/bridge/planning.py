@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import comfy.model_management
 
 from ...kandinsky5_core.config import VARIANTS
@@ -26,6 +28,8 @@ def plan_text(name: str, width: int, height: int, frames: int, batch: int, budge
         ValueError: a size that the variant does not take.
     """
     job = default_job(VARIANTS[name], batch=batch, frames=frames, height=height, width=width)
+    # Weights that ComfyUI casts or brings in at every call serve all tokens at once.
+    job = replace(job, whole=True)
     if not budget:
         return f"{job_text(job)}\n{budgets_text(job)}"
     try:

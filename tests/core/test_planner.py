@@ -9,22 +9,23 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kandinsky5_core import pipeline, planning
+from kandinsky5_core import commands, pipeline, planning
 from kandinsky5_core.attention import block_mask, gather
 from kandinsky5_core.bench import planned, subjects
 from kandinsky5_core.bench.live import LiveBytes, live_peak
+from kandinsky5_core.caching import choose_cache
 from kandinsky5_core.cli import main
 from kandinsky5_core.config import NANO_VIDEO, VARIANTS, variant
 from kandinsky5_core.dit import layers
 from kandinsky5_core.dit.model import DiffusionTransformer
 from kandinsky5_core.dit.plan import plan_visual
-from kandinsky5_core.fitting import fitted, job_of_request
+from kandinsky5_core.fitting import budget_bytes, fitted, job_of_request
 from kandinsky5_core.loading import load
 from kandinsky5_core.memory import activations, parameters, training
 from kandinsky5_core.memory.activations import WORKSPACE
 from kandinsky5_core.memory.apply import checkpoint_blocks
 from kandinsky5_core.memory.choose import BUDGETS, GIB, DoesNotFitError, choose, reserve, smaller_shape
-from kandinsky5_core.memory.estimate import Job, Settings, default_job, estimate
+from kandinsky5_core.memory.estimate import Job, Settings, default_job, dit_work, estimate
 from kandinsky5_core.memory.options import MemoryOptions
 from kandinsky5_core.request import Request, resolve
 from kandinsky5_core.shapes import VideoShape
@@ -360,19 +361,59 @@ def test_numbers_of_a_lora_are_those_of_the_pairs():
     assert training.lora_numbers(NANO_VIDEO, 4) == sum(tensor.numel() for tensor in model.parameters())
 
 
-def test_generate_takes_the_settings_that_the_planner_chooses(tmp_path, capsys):
-    out = ["generate", "--prompt", "a red circle on a gray background", "--steps", "2", "--out", str(tmp_path / "a.mp4")]
-    assert main([*out, "--budget", "8", "--json"]) == 0
+def generate_args(tmp_path, *options):
+    return ["generate", "--prompt", "a red circle on a gray background", "--steps", "2", "--out", str(tmp_path / "a.mp4"),
+            *options]  # fmt: skip
+
+
+def test_generate_takes_the_settings_that_the_planner_chooses(tmp_path, capsys, monkeypatch):
+    def open_to_plans(args, _):
+        return taken(args, torch.device("mps"))
+
+    # Computed here, planned as for a card.
+    taken = commands.check_left_open
+    monkeypatch.setattr(commands, "check_left_open", open_to_plans)
+    assert main(generate_args(tmp_path, "--budget", "8", "--json")) == 0
     told = capsys.readouterr()
     used = json.loads(told.out)["settings"]
     assert used["offload"] == "none" and used["batch_guidance"] == "on"
     assert used["vae_budget_bytes"] == Settings().vae_budget_bytes and "settings: all networks" in told.err
     for options, problem in (
-        (["--budget", "0.85", "--frames", "1025"], "does not fit 0.85 GiB"), (["--budget", "0"], "--budget 0 is not a size"),
-        (["--budget", "8", "--weights", "int8", "--vae-budget", "2"], "--budget chooses --weights, --vae-budget itself"),
+        (["--budget", "0.85", "--frames", "1025"], "does not fit 0.85 GiB"),
+        (["--budget", "0"], "--budget 0 is not a size"), (["--budget", "inf"], "--budget inf is not a size"),
+        (["--budget", "auto"], "does not tell its memory"),
+        (["--budget", "8", "--weights", "as-is", "--vae-budget", "2"], "--budget chooses --weights, --vae-budget itself"),
     ):  # fmt: skip
-        assert main([*out, *options]) == 2
+        assert main(generate_args(tmp_path, *options)) == 2
         assert problem in capsys.readouterr().err
+
+
+def test_a_budget_is_for_accelerators_and_no_more_than_they_have(tmp_path, capsys, monkeypatch, caplog):
+    assert main(generate_args(tmp_path, "--budget", "8")) == 2
+    assert "add --device cuda" in capsys.readouterr().err
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (GIB, 15 * GIB))
+    assert budget_bytes("auto", torch.device("cuda")) == 15 * GIB
+    assert budget_bytes("12", torch.device("cuda")) == 12 * GIB and not caplog.records
+    assert budget_bytes("16", torch.device("cuda")) == 15 * GIB and "the device has 15.0 GiB" in caplog.text
+
+
+@torch.no_grad()
+def test_a_step_cache_is_counted():
+    models = load("nano-video")
+    request = resolve(Request(prompt="a red circle on a gray background", num_steps=2), models.variant)
+    latents = pipeline.latent_shape_of(request, models.variant)
+    text = pipeline.encode_prompts(models, request)
+    cached = replace(request, cache="magcache")
+    cache = choose_cache(cached, models.variant, models.weights)
+
+    def peak(new_cache):
+        return live_peak(lambda: pipeline.sample_latents(models, request, latents, *text, new_cache=new_cache))
+
+    added = peak(cache.start) - peak(None)
+    plain = job_of_request(request, models.variant, torch.float32)
+    planned_more = dit_work(job_of_request(cached, models.variant, torch.float32), Settings())
+    planned_more -= dit_work(plain, Settings())
+    assert added == pytest.approx(planned_more, rel=WITHIN)
 
 
 @pytest.mark.parametrize("name", ["lite-t2v-10s-sft", "pro-i2v-5s-sft", "image-lite-i2i-sft"])
@@ -386,7 +427,8 @@ def test_a_request_is_the_job_that_is_planned(name):
 
 def test_a_request_in_a_small_budget_takes_its_savings():
     row = variant("pro-t2v-5s-sft")
-    request, memory, choice = fitted(resolve(Request(prompt="a"), row), row, torch.bfloat16, 12)
+    request = resolve(Request(prompt="a"), row)
+    request, memory, choice = fitted(request, job_of_request(request, row, torch.bfloat16), 12 * GIB)
     assert memory == choice.settings.memory and memory.swap_blocks > 0 and memory.offload == "stage"
     assert request.batch_guidance == "off" and request.vae_budget_bytes == choice.settings.vae_budget_bytes
 
@@ -400,7 +442,7 @@ def test_the_page_is_up_to_date():
 def test_what_the_planner_repeats_is_what_runs():
     """The originals import torch, or are the trainer's, which the core does not know."""
     assert activations.MAX_SCORES == block_mask.MAX_SCORES
-    for name in ("CAST_NUMBERS", "PIECE_NUMBERS_CPU", "PIECE_NUMBERS", "MATMUL_PIECE"):
+    for name in ("CAST_NUMBERS", "PIECE_NUMBERS_CPU", "PIECE_NUMBERS", "MATMUL_PIECE", "QUARTERS"):
         assert getattr(activations, name) == getattr(layers, name)
     assert activations.GATHERED_NUMBERS_CPU == gather.GATHERED_NUMBERS_CPU
     assert planning.DEFAULT_RANK == LoraConfig().rank
