@@ -18,7 +18,7 @@ from torch import Tensor
 from ..attention.block_mask import kept_blocks
 from ..attention.nabla import NablaAttention
 from ..conditioning import TextConditioning
-from ..config import NablaConfig, Variant, variant
+from ..config import DiTConfig, NablaConfig, Variant, variant
 from ..dit.model import DiffusionTransformer
 from ..dit.plan import plan_visual
 from ..dit.rope import Rope
@@ -30,7 +30,7 @@ from ..shapes import VideoShape
 from ..vae.flux import FluxVAE
 from ..vae.hunyuan.model import HunyuanVAE
 from ..vae.within import decode_within, encode_within
-from . import subjects
+from . import rivals, subjects
 from .live import live_peak
 from .peak import peak_of
 
@@ -99,7 +99,7 @@ def dit_step(
 def one_kernel_each() -> Iterator[None]:
     """Attention and RMS norms keep nothing but their result, as on CUDA; without data PyTorch takes both apart."""
     attend, norm = F.scaled_dot_product_attention, F.rms_norm
-    F.scaled_dot_product_attention = lambda q, *_, **__: torch.empty_like(q)
+    F.scaled_dot_product_attention = lambda query, *_, **__: torch.empty_like(query)
     F.rms_norm = lambda x, *_, **__: torch.empty_like(x)
     try:
         yield
@@ -122,6 +122,16 @@ class SizedNabla(NablaAttention):
         return torch.empty_like(q)
 
 
+def without_data(config: DiTConfig, cells: tuple[int, ...], length: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """What a DiT is given, latents of `cells` (T, h, w) and text of `length`, as tensors that take no memory."""
+    with META:
+        text = TextConditioning(
+            embeds=torch.empty(1, length, config.in_text_dim, dtype=dtype), full=True,
+            pooled=torch.empty(1, config.in_text_dim2, dtype=dtype), mask=torch.ones(1, length, dtype=torch.bool),
+        )  # fmt: skip
+        return torch.empty(1, config.input_channels, *cells, dtype=dtype), torch.empty(1), text
+
+
 def full_step(name: str, *, blocks: int = 2, dtype: torch.dtype = torch.bfloat16) -> Compared:
     """One evaluation of the DiT at the size that the variant was made for, counted on tensors without data, with the
     steps that CUDA takes. A few blocks tell: activations of more do not add up."""
@@ -131,22 +141,32 @@ def full_step(name: str, *, blocks: int = 2, dtype: torch.dtype = torch.bfloat16
     grid, length = latent_shape.token_grid(config.patch_size), job.caption_tokens
     with META:
         dit = DiffusionTransformer(config).to(dtype).requires_grad_(False)
-        latents = torch.empty(1, config.input_channels, *latent_shape[2:], dtype=dtype)
-        text = TextConditioning(
-            embeds=torch.empty(1, length, config.in_text_dim, dtype=dtype), full=True,
-            pooled=torch.empty(1, config.in_text_dim2, dtype=dtype), mask=torch.ones(1, length, dtype=torch.bool),
-        )  # fmt: skip
+    given = without_data(config, latent_shape[2:], length, dtype)
     # Token blocks are found from data; the rest of the plan is only moved.
     plan = plan_visual(config, grid, row.rope_scale, row.nabla)
     nabla = None if row.nabla is None else SizedNabla(row.nabla, grid)
     plan = replace(plan, rope=Rope(*(part.to(META) for part in plan.rope)), nabla=nabla)
     with torch.no_grad(), one_kernel_each():
-        measured = live_peak(lambda: dit(latents, torch.empty(1, device=META), text, plan))
+        measured = live_peak(lambda: dit(*given, plan))
     predicted = activations.dit_bytes(
         config, job.num_tokens, dtype.itemsize, text_tokens=length, nabla=row.nabla is not None
     )
     what = f"{name}, {blocks} blocks, {_shape(job.shape)}, {_name(dtype)}, without data"
     return Compared(stage="dit", what=what, predicted=predicted, measured=measured)
+
+
+def full_step_of_diffusers(name: str, *, blocks: int = 2, dtype: torch.dtype = torch.bfloat16) -> int:
+    """The bytes that `full_step` counts, of diffusers' class; dense."""
+    job = default_job(variant(name))
+    latent_shape = job.shape.latent_shape(job.variant.vae)
+    config = replace(job.variant.dit, num_visual_blocks=blocks)
+    with META:
+        theirs = rivals.diffusers_dit(DiffusionTransformer(config).to(dtype))
+    given = without_data(config, latent_shape[2:], job.caption_tokens, dtype)
+    grid = latent_shape.token_grid(config.patch_size)
+    step = rivals.diffusers_step(theirs, *given, grid, job.variant.rope_scale)
+    with torch.no_grad(), one_kernel_each():
+        return live_peak(step)
 
 
 def full_vae(name: str, direction: str, *, budget: int, dtype: torch.dtype = torch.bfloat16) -> Compared:
