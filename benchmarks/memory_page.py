@@ -86,8 +86,9 @@ For your own size, or with little CPU memory, ask it (it loads nothing):
     kandinsky5 plan --train job.json
     kandinsky5 generate --device cuda --budget auto ...
 
-In ComfyUI the node *Kandinsky 5 Memory Plan* says the same, and ComfyUI's own memory management moves the networks.
-There the settings are inputs of nodes:
+In ComfyUI the node *Kandinsky 5 Memory Plan* says the same, and ComfyUI's own memory management moves the networks. It
+counts more for sampling: where ComfyUI brings in or casts weights at every call, the feed-forward takes all tokens at
+once. There the settings are inputs of nodes:
 
 NODES
 
