@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from ..memory.peak import peak_memory_bytes
+from ..memory.peak import give_back_freed, peak_memory_bytes
 
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -24,6 +25,9 @@ def peak_of(work: Callable[[], object], device: torch.device) -> dict[str, int |
         work()
         peak = torch.cuda.max_memory_allocated(device)
         return {"peak_bytes": peak, "added_bytes": peak - held, "peak_of": "stage"}
+    # What others left behind must not go while it is measured.
+    gc.collect()
+    give_back_freed()
     was_reset = _reset()
     held = _resident("VmRSS") if was_reset else None
     work()
