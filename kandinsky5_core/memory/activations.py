@@ -21,7 +21,7 @@ FP32, ROPE_SIZE = 4, 2
 MAX_SCORES = 2**24
 """Of `attention.block_mask`: entries of the pooled map that are sorted at a time."""
 CAST_NUMBERS = 2**20
-"""Of `dit.layers`, as the three below: weights cast at a time, and numbers of the tokens computed at a time."""
+"""Of `dit.layers`, as the four below: weights cast at a time, numbers of the tokens computed at a time, and pieces."""
 PIECE_NUMBERS_CPU, PIECE_NUMBERS, MATMUL_PIECE, QUARTERS = 2**18, 2**24, 2**24, 4
 GATHERED_NUMBERS_CPU = 2**20
 """Of `attention.gather`: numbers of the keys, and of the values, that are copied together at a time."""
